@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/ready          ## read a long text, then ask for the facts hidden in it
+	$(BIN)/titans demo
+
+test: .venv/ready lint     ## lint, types, and the whole test ladder (under 12 minutes on two cores)
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: .venv/ready     ## the long stability and training tests
+	$(BIN)/pytest -n 2 -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
