@@ -1,0 +1,255 @@
+"""The one public op: validate once, then dispatch on `impl`."""
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from titans.ops.chunked import neural_memory_chunked
+from titans.ops.exact import neural_memory_exact
+from titans.ops.networks import MemoryNetwork, Objective
+from titans.ops.reference import neural_memory_reference
+from titans.ops.rule import Gates, MemoryOutput, RuleState
+
+Implementation = Literal["auto", "reference", "chunked", "exact"]
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "exact")
+Gate = Tensor | Sequence[Tensor]
+
+
+def neural_memory(
+    queries: Float[Tensor, "b t h k"],
+    keys: Float[Tensor, "b t h k"],
+    values: Float[Tensor, "b t h v"],
+    learning_rate: Gate,
+    *,
+    state: RuleState,
+    network: MemoryNetwork,
+    momentum: Gate | None = None,
+    decay: Gate | None = None,
+    objective: Objective = "l2",
+    chunk_size: int = 1,
+    block_size: int = 64,
+    anchor: Sequence[Float[Tensor, "h i o"]] | None = None,
+    max_surprise: float | None = None,
+    impl: Implementation = "auto",
+) -> MemoryOutput:
+    """Write every token into the memory, and read it right after (paper v1, eq. 13-18).
+
+        S_t = eta_t S_{t-1} - theta_t grad l(M_base; k_t, v_t)
+        M_t = (1 - alpha_t) M_{t-1} + S_t
+        y_t = M_t(q_t)
+
+    Args:
+        queries, keys, values: (B, T, H, D), T >= 1. Keys should have unit norm.
+        learning_rate: theta in [0, inf), (B, T, H); a sequence gives one tensor per layer.
+        state: from `RuleState.init(...)` or from an earlier call; never modified.
+        network: shape of the memory network.
+        momentum: eta in [0, 1], (B, T, H), or per layer; None for no momentum.
+        decay: alpha in [0, 1], (B, T, H), or (B, T, H, in) for decay per input channel, or per
+            layer; None for no forgetting.
+        objective: "l2" is 0.5 |M(k) - v|^2 (the factor of v1 eq. 12 is absorbed in theta),
+            "dot" is -<M(k), v>.
+        chunk_size: tokens that share the weights their gradients are taken at. 1 is the true
+            per-token gradient; larger values change the function that is computed (eq. 16).
+        block_size: tokens the exact form solves at once; a matter of speed only.
+        anchor: one (H, in, out) per layer, a constant part of the weights: the memory is
+            anchor + state.weights, and decay pulls it towards the anchor instead of zero.
+        max_surprise: bound on the norm of each token's gradient, per layer; None for none.
+        impl: "reference" (loop), "chunked" (any network), "exact" (linear network,
+            chunk_size 1), or "auto": exact where it applies, else chunked.
+
+    Returns:
+        MemoryOutput(output (B, T, H, V) in the queries' dtype, state, surprise (B, T, H)).
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit, naming what was expected.
+    """
+    check_inputs(queries, keys, values, network, chunk_size, block_size)
+    check_state(state, keys, values, network, momentum is not None, chunk_size)
+    check_anchor(anchor, state)
+    form = resolve_implementation(impl, network, chunk_size, max_surprise)
+
+    compute = state.weights[0].dtype
+    batch, length, heads, _ = keys.shape
+    gates = Gates(
+        prepare_gate("learning_rate", learning_rate, network, (batch, length, heads), compute),
+        None
+        if momentum is None
+        else prepare_gate("momentum", momentum, network, (batch, length, heads), compute),
+        None
+        if decay is None
+        else prepare_gate(
+            "decay", decay, network, (batch, length, heads), compute, [*keys.shape, *values.shape]
+        ),
+    )
+    q, k, v = (x.to(compute).transpose(1, 2) for x in (queries, keys, values))
+    with torch.autocast(q.device.type, enabled=False):  # the memory keeps its own precision
+        if form == "exact":
+            result = neural_memory_exact(
+                q,
+                k,
+                v,
+                gates,
+                state,
+                network=network,
+                objective=objective,
+                block_size=block_size,
+                anchor=anchor,
+            )
+        else:
+            run = neural_memory_reference if form == "reference" else neural_memory_chunked
+            result = run(
+                q,
+                k,
+                v,
+                gates,
+                state,
+                network=network,
+                objective=objective,
+                chunk_size=chunk_size,
+                anchor=anchor,
+                max_surprise=max_surprise,
+            )
+    return MemoryOutput(
+        result.output.transpose(1, 2).to(queries.dtype),
+        result.state,
+        result.surprise.transpose(1, 2),
+    )
+
+
+def read_memory(
+    queries: Float[Tensor, "b t h k"],
+    weights: Sequence[Float[Tensor, "b h i o"]],
+    network: MemoryNetwork,
+    anchor: Sequence[Float[Tensor, "h i o"]] | None = None,
+) -> Float[Tensor, "b t h v"]:
+    """M*(q): read without writing, all queries from the same weights (paper v1, eq. 21)."""
+    at = weights if anchor is None else [a + w for a, w in zip(anchor, weights, strict=True)]
+    q = queries.to(at[0].dtype).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        y = network.forward(lambda layer, a: a @ at[layer], q)
+    return y.transpose(1, 2).to(queries.dtype)
+
+
+def resolve_implementation(
+    impl: str, network: MemoryNetwork, chunk_size: int, max_surprise: float | None
+) -> str:
+    """What `impl` runs. An implementation that does not apply is refused, never replaced."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    exact = network.linear and chunk_size == 1 and max_surprise is None
+    if impl == "auto":
+        return "exact" if exact else "chunked"
+    if impl == "exact" and not exact:
+        raise ValueError(
+            "impl='exact' needs a linear memory (depth 1, no norm), chunk_size 1 and no "
+            f"max_surprise, got depth {network.depth}, norm {network.norm}, "
+            f"chunk_size {chunk_size}, max_surprise {max_surprise}"
+        )
+    return impl
+
+
+def check_inputs(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    network: MemoryNetwork,
+    chunk_size: int,
+    block_size: int,
+) -> None:
+    for name, x in (("queries", queries), ("keys", keys), ("values", values)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be (B, T, H, D), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if queries.shape != keys.shape:
+        raise ValueError(
+            f"queries and keys must have one shape, got {tuple(queries.shape)} "
+            f"and {tuple(keys.shape)}"
+        )
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            f"values must be (B, T, H, V) with the keys' B, T, H {tuple(keys.shape[:3])}, "
+            f"got {tuple(values.shape)}"
+        )
+    if keys.shape[1] == 0:
+        raise ValueError("the sequence is empty: expected T >= 1 tokens")
+    if network.residual and keys.shape[3] != values.shape[3]:
+        raise ValueError(
+            "a residual memory needs keys and values of one size, got "
+            f"{keys.shape[3]} and {values.shape[3]}"
+        )
+    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_state(
+    state: RuleState,
+    keys: Tensor,
+    values: Tensor,
+    network: MemoryNetwork,
+    momentum: bool,
+    chunk_size: int,
+) -> None:
+    batch, _, heads, key_dim = keys.shape
+    expected = [(batch, heads, *s) for s in network.shapes(key_dim, values.shape[3])]
+    for name, tensors in (
+        ("weights", state.weights),
+        ("base", state.base),
+        ("momentum", state.momentum),
+    ):
+        if tensors is None:
+            continue
+        got = [tuple(w.shape) for w in tensors]
+        if got != expected:
+            raise ValueError(f"state.{name} must have shapes {expected}, got {got}")
+        if any(w.dtype not in (torch.float32, torch.float64) for w in tensors):
+            raise ValueError(
+                f"state.{name} must be float32 or float64, got {[str(w.dtype) for w in tensors]}"
+            )
+    if momentum != (state.momentum is not None):
+        given, held = ("is", "none") if momentum else ("is not", "some")
+        raise ValueError(f"momentum {given} given but the state holds {held}")
+    if not 0 <= state.offset < chunk_size:
+        raise ValueError(
+            f"state.offset must be below the chunk size {chunk_size}, got {state.offset}"
+        )
+
+
+def check_anchor(anchor: Sequence[Tensor] | None, state: RuleState) -> None:
+    if anchor is None:
+        return
+    expected = [tuple(w.shape[1:]) for w in state.weights]
+    got = [tuple(a.shape) for a in anchor]
+    if got != expected:
+        raise ValueError(f"anchor must have shapes {expected}, got {got}")
+
+
+def prepare_gate(
+    name: str,
+    gate: Gate,
+    network: MemoryNetwork,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    channels: Sequence[int] | None = None,
+) -> tuple[Tensor, ...]:
+    """One (B, H, T[, in]) tensor per layer; a shared gate is one shared object."""
+    if isinstance(gate, Tensor):
+        given: list[Tensor] = [gate] * network.depth
+    else:
+        given = list(gate)
+    if len(given) != network.depth:
+        raise ValueError(f"{name} must have one tensor per layer ({network.depth}), got {len(given)}")
+    sizes = [i for i, _ in network.shapes(channels[3], channels[7])] if channels else []
+    prepared: dict[int, Tensor] = {}
+    for layer, x in enumerate(given):
+        allowed = [shape, (*shape, sizes[layer])] if sizes else [shape]
+        if tuple(x.shape) not in allowed:
+            wanted = " or ".join(str(a) for a in allowed)
+            raise ValueError(f"{name} of layer {layer} must be {wanted}, got {tuple(x.shape)}")
+        if id(x) not in prepared:
+            prepared[id(x)] = cast(Tensor, x.to(dtype).transpose(1, 2))
+    return tuple(prepared[id(x)] for x in given)

@@ -1,0 +1,111 @@
+"""Any memory network, gradients at the chunk boundary: the closed form, chunk by chunk.
+
+Within a chunk every gradient is taken at the same base weights, so all error signals are one
+batched pass. A layer is then applied to queries without ever building its weights at token t:
+
+    a_t W_t = beta_t (a_t W_0) + m_t (a_t S_0) - sum_{i<=t} G[t,i] <a_t, a_i> delta_i
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from titans.ops.coefficients import Coefficients, coefficients
+from titans.ops.networks import MemoryNetwork, Objective
+from titans.ops.rule import Gates, MemoryOutput, RuleState
+
+
+def neural_memory_chunked(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Gates,
+    state: RuleState,
+    *,
+    network: MemoryNetwork,
+    objective: Objective,
+    chunk_size: int,
+    anchor: Sequence[Tensor] | None,
+    max_surprise: float | None,
+) -> MemoryOutput:
+    """Loop over chunks; tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
+    W, S, base, offset = state.weights, state.momentum, state.base, state.offset
+    outputs, surprises = [], []
+    pieces = chunk_coefficients(gates, keys.shape[2], offset, chunk_size, network.depth)
+    for start, stop, coefficient in pieces:
+        if offset == 0:
+            base = W
+        at = base if anchor is None else [a + b for a, b in zip(anchor, base, strict=True)]
+        k, v, q = (x[:, :, start:stop] for x in (keys, values, queries))
+        inputs, deltas = network.error_signals(at, k, v, objective, max_surprise)
+
+        def read_layer(
+            layer: int,
+            a: Tensor,
+            c: list[Coefficients] = coefficient,
+            W: tuple[Tensor, ...] = W,
+            S: tuple[Tensor, ...] | None = S,
+            inputs: list[Tensor] = inputs,
+            deltas: list[Tensor] = deltas,
+        ) -> Tensor:
+            of = c[layer]
+            z = of.scale(of.beta, a) @ W[layer] - of.scores(a, inputs[layer]) @ deltas[layer]
+            if S is not None and of.m is not None:
+                z = z + of.scale(of.m, a) @ S[layer]
+            return z if anchor is None else z + a @ anchor[layer]
+
+        outputs.append(network.forward(read_layer, q))
+        surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
+        layers = range(network.depth)
+        past: Sequence[Tensor | None] = S if S is not None else [None] * network.depth
+        W = tuple(
+            coefficient[i].final_weights(W[i], past[i], inputs[i], deltas[i]) for i in layers
+        )
+        if S is not None:
+            S = tuple(
+                s
+                for i in layers
+                if (s := coefficient[i].final_momentum(S[i], inputs[i], deltas[i])) is not None
+            )
+        offset = (offset + stop - start) % chunk_size
+    final = RuleState(weights=W, momentum=S, base=W if offset == 0 else base, offset=offset)
+    return MemoryOutput(torch.cat(outputs, 2), final, torch.cat(surprises, 2))
+
+
+def chunk_coefficients(
+    gates: Gates, length: int, offset: int, chunk_size: int, depth: int
+) -> Iterator[tuple[int, int, list[Coefficients]]]:
+    """(start, stop, coefficients per layer) of every chunk, the first and last maybe partial.
+
+    Whole chunks are prepared in one batch; layers that share their gates share the result.
+    """
+    start = min((-offset) % chunk_size, length)
+    whole = (length - start) // chunk_size
+    if start:
+        yield 0, start, layer_coefficients(gates.slice(0, start), depth)
+    if whole:
+        middle = gates.slice(start, start + whole * chunk_size).in_chunks(chunk_size)
+        batched = layer_coefficients(middle, depth)
+        for index in range(whole):
+            begin = start + index * chunk_size
+            picked = {id(c): c.chunk(index) for c in batched}
+            yield begin, begin + chunk_size, [picked[id(c)] for c in batched]
+    rest = start + whole * chunk_size
+    if rest < length:
+        yield rest, length, layer_coefficients(gates.slice(rest, length), depth)
+
+
+def layer_coefficients(gates: Gates, depth: int) -> list[Coefficients]:
+    """One `Coefficients` per layer, computed once for layers with the same gates."""
+    made: dict[tuple[int, int, int], Coefficients] = {}
+    result = []
+    for layer in range(depth):
+        theta = gates.learning_rate[layer]
+        eta = None if gates.momentum is None else gates.momentum[layer]
+        alpha = None if gates.decay is None else gates.decay[layer]
+        identity = (id(theta), id(eta), id(alpha))
+        if identity not in made:
+            made[identity] = coefficients(theta, eta, alpha)
+        result.append(made[identity])
+    return result

@@ -1,0 +1,132 @@
+"""The memory network M: its forward pass and the analytic gradient of its loss.
+
+M maps a key to a value. Depth 1 is a matrix; deeper ones are MLPs without biases. With
+`norm` the output passes a LayerNorm without gain, with `residual` the key is added:
+
+    M(x) = x + LN(... act(x W_1) ... W_L)        (NeurIPS text: depth 2, expansion 4, GELU)
+
+For one token the gradient of the loss with respect to W_l is the outer product
+a_l^T delta_l of the layer's input a_l and its error signal delta_l. Those two vectors are all
+that any form of the rule needs, so no gradient matrix is ever built, and no autograd runs
+inside the memory: it learns under `inference_mode` as well.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Literal["gelu", "silu"]
+Objective = Literal["l2", "dot"]
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNetwork:
+    """Shape of the memory network; its weights are values held elsewhere.
+
+    depth: number of weight matrices, >= 1.
+    expansion: hidden size over key size, for depth >= 2.
+    activation: between layers. residual: add the key to the output (key size = value size).
+    norm: LayerNorm (no gain, no bias) on the last layer's output.
+    """
+
+    depth: int = 2
+    expansion: int = 4
+    activation: Activation = "gelu"
+    residual: bool = True
+    norm: bool = True
+
+    def shapes(self, key_dim: int, value_dim: int) -> list[tuple[int, int]]:
+        """(in, out) of every weight matrix."""
+        hidden = [key_dim * self.expansion] * (self.depth - 1)
+        return list(zip([key_dim, *hidden], [*hidden, value_dim], strict=True))
+
+    @property
+    def linear(self) -> bool:
+        """Is the error linear in the weights, as the exact parallel form needs?"""
+        return self.depth == 1 and not self.norm
+
+    def forward(
+        self, apply_layer: Callable[[int, Tensor], Tensor], x: Float[Tensor, "*n k"]
+    ) -> Float[Tensor, "*n v"]:
+        """M(x), where `apply_layer(l, a)` computes a W_l by whatever form the caller has."""
+        a = x
+        for layer in range(self.depth):
+            z = apply_layer(layer, a)
+            a = activate(self.activation, z) if layer < self.depth - 1 else z
+        y = layer_norm(a)[0] if self.norm else a
+        return x + y if self.residual else y
+
+    def error_signals(
+        self,
+        weights: Sequence[Float[Tensor, "*b i o"]],
+        keys: Float[Tensor, "*b t k"],
+        values: Float[Tensor, "*b t v"],
+        objective: Objective,
+        max_surprise: float | None = None,
+    ) -> tuple[list[Float[Tensor, "*b t i"]], list[Float[Tensor, "*b t o"]]]:
+        """Inputs a_l and error signals delta_l of every layer; the gradient is a_l^T delta_l.
+
+        Losses: l2 is 0.5 |M(k) - v|^2, dot is -<M(k), v>. `max_surprise` bounds the norm of
+        each token's gradient, layer by layer, by rescaling delta_l.
+        """
+        inputs, outputs = [keys], []
+        for layer in range(self.depth):
+            z = inputs[-1] @ weights[layer]
+            outputs.append(z)
+            if layer < self.depth - 1:
+                inputs.append(activate(self.activation, z))
+
+        last = outputs[-1]
+        normed, inverse_std = layer_norm(last) if self.norm else (last, None)
+        if objective == "l2":
+            delta = normed + keys - values if self.residual else normed - values
+        else:
+            delta = -values
+        if inverse_std is not None:
+            centred = delta - delta.mean(-1, keepdim=True)
+            delta = inverse_std * (centred - normed * (delta * normed).mean(-1, keepdim=True))
+
+        deltas = [delta]
+        for layer in range(self.depth - 1, 0, -1):
+            back = deltas[0] @ weights[layer].transpose(-1, -2)
+            deltas.insert(0, back * activation_slope(self.activation, outputs[layer - 1]))
+        if max_surprise is not None:
+            deltas = [
+                bound_gradient(a, d, max_surprise) for a, d in zip(inputs, deltas, strict=True)
+            ]
+        return inputs, deltas
+
+
+def bound_gradient(a: Tensor, delta: Tensor, limit: float) -> Tensor:
+    """Scale delta so that |a^T delta| = |a| |delta| <= limit; smaller ones are untouched."""
+    squared = a.square().sum(-1, keepdim=True) * delta.square().sum(-1, keepdim=True)
+    # The added constant keeps the square root's slope finite at zero.
+    return delta * (limit / (squared + 1e-30).sqrt().clamp(min=limit))
+
+
+def activate(name: Activation, z: Tensor) -> Tensor:
+    return F.gelu(z) if name == "gelu" else F.silu(z)
+
+
+def activation_slope(name: Activation, z: Tensor) -> Tensor:
+    """Derivative of `activate` at z, itself differentiable."""
+    if name == "gelu":
+        cdf = 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))
+        return cdf + z * torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
+    sigmoid = torch.sigmoid(z)
+    return sigmoid * (1.0 + z * (1.0 - sigmoid))
+
+
+def layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm without gain, and the inverse standard deviation its backward needs."""
+    centred = z - z.mean(-1, keepdim=True)
+    inverse_std = (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+    return centred * inverse_std, inverse_std

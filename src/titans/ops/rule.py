@@ -1,0 +1,95 @@
+"""The values that every form of the rule takes and gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from titans.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleState(State):
+    """The memory between two tokens.
+
+    weights: one (B, H, in, out) per layer; the part that decays and is written.
+    momentum: likewise, or None when the rule has none.
+    base: the weights at the last chunk boundary, where the open chunk's gradients are taken.
+    offset: tokens of the open chunk already read; 0 at a boundary, where base = weights.
+    """
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...] | None
+    base: tuple[Tensor, ...]
+    offset: int
+
+    @classmethod
+    def init(
+        cls,
+        weights: Sequence[Float[Tensor, "h i o"]],
+        batch_size: int,
+        momentum: bool,
+        zero: bool = False,
+    ) -> "RuleState":
+        """From initial weights per head; `zero` keeps only their shapes (see `anchor`)."""
+        expanded = tuple(
+            (torch.zeros_like(w) if zero else w).expand(batch_size, *w.shape) for w in weights
+        )
+        past = tuple(w.new_zeros(batch_size, *w.shape) for w in weights) if momentum else None
+        return cls(weights=expanded, momentum=past, base=expanded, offset=0)
+
+
+class MemoryOutput(NamedTuple):
+    """output: (B, T, H, V) reads. state: after the last token.
+    surprise: (B, T, H), norm of the momentary surprise: the error signal at the last layer."""
+
+    output: Tensor
+    state: RuleState
+    surprise: Tensor
+
+
+class Gates(NamedTuple):
+    """Per layer, tensors (B, H, T), decay also (B, H, T, in). None switches a mechanism off."""
+
+    learning_rate: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...] | None
+    decay: tuple[Tensor, ...] | None
+
+    def at(self, layer: int, t: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """theta, eta, alpha of one token, shaped to scale a (B, H, in, out) weight matrix."""
+        theta = self.learning_rate[layer][:, :, t, None, None]
+        eta = None if self.momentum is None else self.momentum[layer][:, :, t, None, None]
+        if self.decay is None:
+            return theta, eta, None
+        alpha = self.decay[layer][:, :, t, ..., None]  # (B, H, 1) or (B, H, in, 1)
+        return theta, eta, alpha if alpha.ndim == 4 else alpha[..., None]
+
+    def slice(self, start: int, stop: int) -> "Gates":
+        """Gates of the tokens start..stop."""
+
+        def cut(gate: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            # One object per distinct gate, so that layers sharing a gate share coefficients.
+            if gate is None:
+                return None
+            pieces = {id(g): g[:, :, start:stop] for g in gate}
+            return tuple(pieces[id(g)] for g in gate)
+
+        rate = cut(self.learning_rate)
+        assert rate is not None
+        return Gates(rate, cut(self.momentum), cut(self.decay))
+
+    def in_chunks(self, size: int) -> "Gates":
+        """Time split into chunks: (B, H, T, ...) -> (B, H, T / size, size, ...)."""
+
+        def split(gate: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            if gate is None:
+                return None
+            pieces = {id(g): g.unflatten(2, (-1, size)) for g in gate}
+            return tuple(pieces[id(g)] for g in gate)
+
+        rate = split(self.learning_rate)
+        assert rate is not None
+        return Gates(rate, split(self.momentum), split(self.decay))

@@ -1,0 +1,228 @@
+"""What a model remembers, as explicit values: state in, state out, no hidden buffers.
+
+Every state is a frozen dataclass whose fields are tensors, integers, None, tuples, or other
+states. `State` gives all of them the same verbs (detach, fork, to, save, load); the concrete
+states live beside the code that reads and writes them.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+FORMAT = "titans-memory"
+FORMAT_VERSION = 1
+
+_STATE_TYPES: dict[str, type["State"]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Base of all states. Tensors are never written in place; every verb returns a new state."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _STATE_TYPES[cls.__name__] = cls
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `function` to every tensor. Tensors shared between fields stay shared."""
+        seen: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in seen:
+                seen[id(tensor)] = function(tensor)
+            return seen[id(tensor)]
+
+        return _map(self, once)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its dotted path, e.g. `blocks.0.memory.weights.1`."""
+        found: dict[str, Tensor] = {}
+        _collect(self, "", found)
+        return found
+
+    def detach(self) -> Self:
+        """The same values, cut off from the graph that computed them."""
+        return self.map(Tensor.detach)
+
+    def fork(self) -> Self:
+        """An independent copy: what one copy reads never shows in the other."""
+        return self.map(lambda tensor: tensor.detach().clone())
+
+    def to(self, device: torch.device | str) -> Self:
+        return self.map(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors. It does not depend on how much was read."""
+        distinct = {id(tensor): tensor for tensor in self.tensors().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+    def check_finite(self) -> None:
+        """Raise ValueError naming the first tensor that holds a NaN or an infinity."""
+        for name, tensor in self.tensors().items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"the memory holds a non-finite number in {name}")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the old file stays until the new one is whole."""
+        path = Path(path)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "structure": json.dumps(_describe(self)),
+            "sha256": _digest(tensors),
+        }
+        write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read a state back. A wrong, damaged or foreign file is a ValueError of one line."""
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a memory file (format {metadata.get('format')!r})")
+        if metadata.get("version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path}: memory file version {metadata.get('version')!r}, "
+                f"this release reads version {FORMAT_VERSION}"
+            )
+        if metadata.get("sha256") != _digest(tensors):
+            raise ValueError(f"{path}: damaged memory file (its checksum does not match)")
+        try:
+            state = _rebuild(json.loads(metadata["structure"]), "", tensors)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: damaged memory file ({error})") from None
+        if not isinstance(state, cls):
+            raise ValueError(f"{path}: holds a {type(state).__name__}, expected {cls.__name__}")
+        return state.to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState(State):
+    """All that a language model remembers.
+
+    blocks: one state per block, in order. position: tokens read so far.
+    config_hash: of the model that wrote it; another model refuses it.
+    """
+
+    blocks: tuple[State, ...]
+    position: int
+    config_hash: str
+
+    @classmethod
+    def init(cls, model: Any, batch_size: int = 1) -> "ModelState":
+        """The state before the first token; see `TitansLM.init_state`."""
+        return model.init_state(batch_size)
+
+
+def replace_state(state: State, **changes: Any) -> Any:
+    """`dataclasses.replace`, here so that callers need one import."""
+    return replace(state, **changes)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Atomic: written beside the target, flushed to disk, then renamed over it."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory; a copy is what the reader gets anyway.
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(owned, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; never pickles. ValueError of one line when it cannot."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            # clone: a tensor must not keep pointing into a file that may be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable safetensors file ({reason})") from None
+    return tensors, metadata
+
+
+def _map(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        return function(node)
+    if isinstance(node, State):
+        return replace(node, **{f.name: _map(getattr(node, f.name), function) for f in fields(node)})
+    if isinstance(node, tuple):
+        return tuple(_map(child, function) for child in node)
+    return node
+
+
+def _collect(node: Any, path: str, found: dict[str, Tensor]) -> None:
+    if isinstance(node, Tensor):
+        found[path] = node
+    elif isinstance(node, State):
+        for f in fields(node):
+            _collect(getattr(node, f.name), f"{path}.{f.name}" if path else f.name, found)
+    elif isinstance(node, tuple):
+        for index, child in enumerate(node):
+            _collect(child, f"{path}.{index}" if path else str(index), found)
+
+
+def _describe(node: Any) -> Any:
+    """The tree without its tensors, as JSON: enough to rebuild it, and to show its shapes."""
+    if isinstance(node, Tensor):
+        return {"tensor": list(node.shape), "dtype": str(node.dtype).removeprefix("torch.")}
+    if isinstance(node, State):
+        content = {f.name: _describe(getattr(node, f.name)) for f in fields(node)}
+        return {"state": type(node).__name__, "fields": content}
+    if isinstance(node, tuple):
+        return {"tuple": [_describe(child) for child in node]}
+    return {"value": node}
+
+
+def _rebuild(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    def below(name: str) -> str:
+        return f"{path}.{name}" if path else name
+
+    if "tensor" in node:
+        tensor = tensors[path]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if list(tensor.shape) != node["tensor"] or dtype != node["dtype"]:
+            raise TypeError(f"{path} is {dtype}{list(tensor.shape)}, its header says otherwise")
+        return tensor
+    if "state" in node:
+        cls = _STATE_TYPES.get(node["state"])
+        if cls is None:
+            raise TypeError(f"unknown state {node['state']!r}")
+        return cls(**{k: _rebuild(v, below(k), tensors) for k, v in node["fields"].items()})
+    if "tuple" in node:
+        return tuple(_rebuild(v, below(str(i)), tensors) for i, v in enumerate(node["tuple"]))
+    return node["value"]
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
