@@ -61,9 +61,8 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all distinct tensors. It does not depend on how much was read."""
-        distinct = {id(tensor): tensor for tensor in self.tensors().values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+        """Bytes of all tensors. It does not depend on how much was read."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def check_finite(self) -> None:
         """Raise ValueError naming the first tensor that holds a NaN or an infinity."""
@@ -79,7 +78,7 @@ class State:
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
             "structure": json.dumps(_describe(self)),
-            "sha256": _digest(tensors),
+            "sha256": digest(tensors),
         }
         write_safetensors(path, tensors, metadata)
 
@@ -94,7 +93,7 @@ class State:
                 f"{path}: memory file version {metadata.get('version')!r}, "
                 f"this release reads version {FORMAT_VERSION}"
             )
-        if metadata.get("sha256") != _digest(tensors):
+        if metadata.get("sha256") != digest(tensors):
             raise ValueError(f"{path}: damaged memory file (its checksum does not match)")
         try:
             state = _rebuild(json.loads(metadata["structure"]), "", tensors)
@@ -121,11 +120,6 @@ class ModelState(State):
     def init(cls, model: Any, batch_size: int = 1) -> "ModelState":
         """The state before the first token; see `TitansLM.init_state`."""
         return model.init_state(batch_size)
-
-
-def replace_state(state: State, **changes: Any) -> Any:
-    """`dataclasses.replace`, here so that callers need one import."""
-    return replace(state, **changes)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -220,7 +214,8 @@ def _rebuild(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return node["value"]
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and contents: safetensors itself would not notice a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -213,6 +213,11 @@ def check_state(
     if momentum != (state.momentum is not None):
         given, held = ("is", "none") if momentum else ("is not", "some")
         raise ValueError(f"momentum {given} given but the state holds {held}")
+    if (state.base is None) != (chunk_size == 1):
+        raise ValueError(
+            f"the state was made for chunk_size {'1' if state.base is None else 'above 1'}, "
+            f"got {chunk_size}"
+        )
     if not 0 <= state.offset < chunk_size:
         raise ValueError(
             f"state.offset must be below the chunk size {chunk_size}, got {state.offset}"

@@ -30,7 +30,8 @@ def neural_memory_chunked(
     max_surprise: float | None,
 ) -> MemoryOutput:
     """Loop over chunks; tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
-    W, S, base, offset = state.weights, state.momentum, state.base, state.offset
+    W, S, offset = state.weights, state.momentum, state.offset
+    base = state.base or W
     outputs, surprises = [], []
     pieces = chunk_coefficients(gates, keys.shape[2], offset, chunk_size, network.depth)
     for start, stop, coefficient in pieces:
@@ -69,7 +70,7 @@ def neural_memory_chunked(
                 if (s := coefficient[i].final_momentum(S[i], inputs[i], deltas[i])) is not None
             )
         offset = (offset + stop - start) % chunk_size
-    final = RuleState(weights=W, momentum=S, base=W if offset == 0 else base, offset=offset)
+    final = RuleState.after(W, S, base, offset, chunk_size)
     return MemoryOutput(torch.cat(outputs, 2), final, torch.cat(surprises, 2))
 
 

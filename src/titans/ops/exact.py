@@ -62,7 +62,7 @@ def neural_memory_exact(
         output = output + queries @ anchor[0]
     if network.residual:
         output = output + queries
-    final = RuleState(weights=(W,), momentum=None if S is None else (S,), base=(W,), offset=0)
+    final = RuleState.after((W,), None if S is None else (S,), (W,), 0, chunk_size=1)
     return MemoryOutput(output, final, torch.cat(surprises, 2))
 
 

@@ -23,7 +23,7 @@ def neural_memory_reference(
     max_surprise: float | None,
 ) -> MemoryOutput:
     """Loop over tokens; tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
-    M, S, base = list(state.weights), state.momentum, list(state.base)
+    M, S, base = list(state.weights), state.momentum, list(state.base or state.weights)
     S = None if S is None else list(S)
     offset = state.offset
     reads, surprises = [], []
@@ -44,10 +44,5 @@ def neural_memory_reference(
         reads.append(network.forward(lambda layer, a, now=now: a @ now[layer], q))  # v1 eq. 15
         surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
         offset = (offset + 1) % chunk_size
-    final = RuleState(
-        weights=tuple(M),
-        momentum=None if S is None else tuple(S),
-        base=tuple(M) if offset == 0 else tuple(base),
-        offset=offset,
-    )
+    final = RuleState.after(M, S, base, offset, chunk_size)
     return MemoryOutput(torch.cat(reads, 2), final, torch.cat(surprises, 2))

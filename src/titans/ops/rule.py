@@ -17,13 +17,14 @@ class RuleState(State):
 
     weights: one (B, H, in, out) per layer; the part that decays and is written.
     momentum: likewise, or None when the rule has none.
-    base: the weights at the last chunk boundary, where the open chunk's gradients are taken.
+    base: the weights at the last chunk boundary, where the open chunk's gradients are taken;
+        None with chunk_size 1, where they are always the weights.
     offset: tokens of the open chunk already read; 0 at a boundary, where base = weights.
     """
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...] | None
-    base: tuple[Tensor, ...]
+    base: tuple[Tensor, ...] | None
     offset: int
 
     @classmethod
@@ -31,15 +32,33 @@ class RuleState(State):
         cls,
         weights: Sequence[Float[Tensor, "h i o"]],
         batch_size: int,
+        *,
         momentum: bool,
+        chunk_size: int = 1,
         zero: bool = False,
     ) -> "RuleState":
-        """From initial weights per head; `zero` keeps only their shapes (see `anchor`)."""
+        """Before the first token. `zero` keeps only the weights' shapes (see `anchor`)."""
         expanded = tuple(
             (torch.zeros_like(w) if zero else w).expand(batch_size, *w.shape) for w in weights
         )
         past = tuple(w.new_zeros(batch_size, *w.shape) for w in weights) if momentum else None
-        return cls(weights=expanded, momentum=past, base=expanded, offset=0)
+        base = expanded if chunk_size > 1 else None
+        return cls(weights=expanded, momentum=past, base=base, offset=0)
+
+
+    @classmethod
+    def after(
+        cls,
+        weights: Sequence[Tensor],
+        momentum: Sequence[Tensor] | None,
+        base: Sequence[Tensor],
+        offset: int,
+        chunk_size: int,
+    ) -> "RuleState":
+        """After some tokens: at a boundary the base moves on, with chunk_size 1 there is none."""
+        at = None if chunk_size == 1 else tuple(weights if offset == 0 else base)
+        past = None if momentum is None else tuple(momentum)
+        return cls(weights=tuple(weights), momentum=past, base=at, offset=offset)
 
 
 class MemoryOutput(NamedTuple):

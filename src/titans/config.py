@@ -1,0 +1,306 @@
+"""Configuration: frozen dataclasses, strict TOML loading, overrides by dotted key.
+
+A field's docstring says what it does; where the paper leaves a choice open it says so.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Variant = Literal["lmm", "mac", "mag", "mal", "attention"]
+VARIANTS = typing.get_args(Variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """One neural memory layer. Defaults are ours; `titans.preset` has the paper's."""
+
+    dim: int = 128
+    """Width of the model around the memory."""
+    heads: int = 2
+    """Independent memories. The paper's parameter counts imply several; it states no number."""
+    head_dim: int | None = None
+    """Key and value size of a head; None is dim / heads."""
+    depth: int = 1
+    """Weight matrices of the memory network (L_M)."""
+    expansion: int = 4
+    """Hidden size over key size for depth >= 2."""
+    activation: Literal["gelu", "silu"] = "gelu"
+    """Between the layers of the memory network; not given in v1."""
+    residual: bool = False
+    """M(x) = x + ..., NeurIPS text."""
+    norm: bool = False
+    """LayerNorm without gain on the network's output, NeurIPS text (affine or not: open)."""
+    objective: Literal["l2", "dot"] = "l2"
+    """Inner loss: 0.5 |M(k) - v|^2, or -<M(k), v>."""
+    chunk_size: int = 1
+    """Tokens whose gradients share their weights; 1 is the exact per-token gradient."""
+    gates: Literal["closing", "sigmoid"] = "closing"
+    """`closing`: learning rate max * clamp(1.3 sigmoid - 0.15, 0, 1), forgetting in log space;
+    both reach exactly zero. `sigmoid`: the paper's."""
+    tie_forgetting: bool = True
+    """With closing gates: log(1 - alpha) = -theta softplus(.), so that a token which writes
+    nothing forgets nothing."""
+    momentum: bool = False
+    """Past surprise (eta)."""
+    dampen_momentum: bool = True
+    """Scale theta by (1 - eta)^2: with unit keys the exact linear memory is then stable for
+    any constant eta (see docs/stability.md). False is the paper's letter."""
+    decay: Literal["none", "scalar", "channel"] = "scalar"
+    """Forgetting (alpha) per head, or per input channel of each layer (NeurIPS text)."""
+    decay_target: Literal["initial", "zero"] = "initial"
+    """Forget towards the learned M_0, or towards zero (the paper's letter)."""
+    per_layer_gates: bool = False
+    """Every layer of the memory network has its own gates (NeurIPS text)."""
+    learning_rate_max: float = 1.0
+    """Upper end of theta; the paper gives no range. At most 1 keeps a linear memory stable."""
+    learning_rate_init: float = 0.2
+    """Initial theta as a fraction of its maximum."""
+    momentum_init: float = 0.5
+    """Initial eta."""
+    half_life_min: float = 16.0
+    """Shortest initial half-life of the memory in tokens; heads are spread up to the longest.
+    With tied forgetting it counts full writes instead of tokens."""
+    half_life_max: float = 65536.0
+    """Longest initial half-life."""
+    max_surprise: float | None = None
+    """Bound on the norm of each token's inner gradient; keeps deep memories finite."""
+    conv_width: int = 4
+    """Causal depthwise convolution after the q, k, v projections; 0 for none."""
+    qkv_activation: Literal["silu", "none"] = "silu"
+    """After that convolution."""
+    output_gate: bool = True
+    """Gate the normalised read by silu of a linear map of the input."""
+    impl: Literal["auto", "reference", "chunked", "exact"] = "auto"
+    """Which form of the rule runs; see `titans.ops.neural_memory`."""
+    block_size: int = 64
+    """Tokens the exact form solves at once; speed only."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "dim", "heads", "depth", "expansion", "chunk_size", "block_size")
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"memory.dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        if self.conv_width < 0:
+            raise ValueError(f"memory.conv_width must not be negative, got {self.conv_width}")
+        if not 0 < self.learning_rate_init < 1 or not 0 < self.momentum_init < 1:
+            raise ValueError("memory.learning_rate_init and momentum_init must lie in (0, 1)")
+        if not 0 < self.half_life_min <= self.half_life_max:
+            raise ValueError("memory half-lives must satisfy 0 < half_life_min <= half_life_max")
+        if self.learning_rate_max <= 0:
+            raise ValueError("memory.learning_rate_max must be positive")
+        if self.max_surprise is not None and self.max_surprise <= 0:
+            raise ValueError("memory.max_surprise must be positive")
+
+    @property
+    def key_dim(self) -> int:
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TitansConfig:
+    """One language model. `memory.dim` always follows `dim`."""
+
+    variant: Variant = "mac"
+    """lmm: memory alone; mac: as context; mag: as gate; mal: as layer; attention: none."""
+    vocab_size: int = 257
+    """257 is the byte tokenizer."""
+    dim: int = 128
+    layers: int = 2
+    heads: int = 2
+    """Attention heads."""
+    ffn_hidden: int = 352
+    """Hidden size of the SwiGLU feed-forward; 0 leaves the feed-forward out."""
+    window: int = 64
+    """Sliding attention window in tokens (MAG, MAL, attention); a token sees itself and the
+    window - 1 before it. NeurIPS: 2048."""
+    segment: int = 64
+    """Segment length of MAC (NeurIPS: 512)."""
+    memory_token_stride: int = 1
+    """MAC: one memory token h_j for every so many tokens. NeurIPS has 256 for 512 tokens but
+    not how; 2 takes every second query."""
+    persistent: int = 4
+    """Learned tokens in front of the sequence, per block (NeurIPS: 128)."""
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    """Non-linearity of MAG's and MAC's combination y * act(m) of the two normalised branches;
+    the paper does not name it."""
+    rope_base: float = 10_000.0
+    tie_embeddings: bool = True
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "vocab_size",
+            "dim",
+            "layers",
+            "heads",
+            "window",
+            "segment",
+            "memory_token_stride",
+        )
+        if self.variant not in VARIANTS:
+            raise ValueError(unknown("variant", self.variant, VARIANTS))
+        if self.persistent < 0 or self.ffn_hidden < 0:
+            raise ValueError("persistent and ffn_hidden must not be negative")
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"dim ({self.dim}) must be an even multiple of heads ({self.heads}): "
+                "rotary positions need an even head size"
+            )
+        if self.segment % self.memory_token_stride:
+            raise ValueError(
+                f"segment ({self.segment}) must be a multiple of "
+                f"memory_token_stride ({self.memory_token_stride})"
+            )
+        if self.memory.dim != self.dim:
+            object.__setattr__(self, "memory", dataclasses.replace(self.memory, dim=self.dim))
+
+    def hash(self) -> str:
+        """Names the function the model computes; a memory file carries it.
+
+        `impl` and `block_size` are left out: they change speed, not the function.
+        """
+        content = dataclasses.asdict(self)
+        del content["memory"]["impl"], content["memory"]["block_size"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+C = TypeVar("C")
+
+
+def load_toml(path: str | Path, cls: type[C], overrides: dict[str, str] | None = None) -> C:
+    """Read a config of type `cls`; unknown keys and wrong types are a ValueError.
+
+    overrides: dotted key -> text, as from the command line, e.g. {"train.steps": "100"}.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: not a readable TOML file ({error})") from None
+    try:
+        for key, text in (overrides or {}).items():
+            set_dotted(content, cls, key, text)
+        return build(cls, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def build(cls: type[C], content: dict[str, Any], path: str = "") -> C:
+    """A (nested) dict -> the frozen dataclass, strictly."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in content.items():
+        where = f"{path}.{key}" if path else key
+        if key not in names:
+            raise ValueError(unknown("key", where, [f"{path}.{n}" if path else n for n in names]))
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where} must be a table, got {value!r}")
+            values[key] = build(kind, value, where)
+        else:
+            values[key] = check_type(where, value, kind)
+    return cls(**values)
+
+
+def check_type(where: str, value: Any, kind: Any) -> Any:
+    """Validate a TOML value against a field's type; ints are accepted for floats."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(unknown(where, value, [str(a) for a in arguments]))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            if type(None) in arguments:
+                return None
+        rest = [a for a in arguments if a is not type(None)]
+        return check_type(where, value, rest[0])
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(check_type(f"{where}[{i}]", v, arguments[0]) for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def set_dotted(content: dict[str, Any], cls: type, key: str, text: str) -> None:
+    """Put a command-line override into the nested dict, parsed by the field's type."""
+    *parents, last = key.split(".")
+    for index, name in enumerate(parents):
+        hints = typing.get_type_hints(cls)
+        if name not in hints or not dataclasses.is_dataclass(hints[name]):
+            tables = [n for n, h in hints.items() if dataclasses.is_dataclass(h)]
+            raise ValueError(unknown("section", ".".join(parents[: index + 1]), tables))
+        cls = typing.cast(type, hints[name])
+        content = content.setdefault(name, {})
+    hints = typing.get_type_hints(cls)
+    if last not in hints:
+        prefix = "".join(f"{p}." for p in parents)
+        raise ValueError(unknown("key", key, [prefix + n for n in hints]))
+    content[last] = parse_text(hints[last], text)
+
+
+def parse_text(kind: Any, text: str) -> Any:
+    """Text of an override -> a value `check_type` can judge (TOML syntax, else a string)."""
+    if kind is str:
+        return text
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts without None, ready for TOML or JSON."""
+    return {
+        key: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        if value is not None
+    }
+
+
+def to_toml(config: Any) -> str:
+    """The config as TOML that `load_toml` reads back to an equal one."""
+    lines: list[str] = []
+    write_table(to_dict(config), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def write_table(table: dict[str, Any], name: str, lines: list[str]) -> None:
+    if name:
+        lines.append(f"\n[{name}]")
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            # JSON's strings, numbers, booleans and lists are TOML's.
+            lines.append(f"{key} = {json.dumps(value)}")
+    for key, value in table.items():
+        if isinstance(value, dict):
+            write_table(value, f"{name}.{key}" if name else key, lines)
+
+
+def unknown(what: str, given: Any, known: typing.Sequence[str]) -> str:
+    """`unknown X 'y'; did you mean 'z'?`, or the list of what there is."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"unknown {what} {given!r}; {hint}"
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            kind = type(config).__name__
+            raise ValueError(f"{kind}.{name} must be at least 1, got {getattr(config, name)}")

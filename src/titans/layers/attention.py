@@ -1,0 +1,249 @@
+"""Short-term memory: causal softmax attention through `scaled_dot_product_attention`.
+
+Both forms keep a cache of fixed size and see a learned prefix (persistent tokens) from every
+position. The prefix has no position: token queries meet it unrotated, so its weight does not
+drift as a stream grows. Since one softmax covers both, rotated and plain halves are
+concatenated along the head size: q' = [rot(q), q], k'_token = [rot(k), 0], k'_prefix = [0, k].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from titans.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowState(State):
+    """The last window - 1 keys and values (zeros before the text began) and the prefix's.
+
+    keys, values, prefix_keys, prefix_values: (B, H, tokens, D). position: tokens read.
+    """
+
+    keys: Tensor
+    values: Tensor
+    prefix_keys: Tensor
+    prefix_values: Tensor
+    position: int
+
+
+class SlidingWindowAttention(nn.Module):
+    """Token t attends to the tokens t - window + 1 ... t and to the prefix.
+
+    Blocked: a block of `window` queries sees its own and the previous block's keys, so the
+    cost is linear in the length and no T x T mask exists.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, rope_base: float) -> None:
+        super().__init__()
+        self.heads, self.window, self.rope_base = heads, window, rope_base
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def init_state(self, prefix: Float[Tensor, "b p d"]) -> WindowState:
+        """State before the first token; the prefix is what every token sees."""
+        _, k, v = self.project(prefix)
+        tail = self.window - 1
+        empty = k.new_zeros(k.shape[0], self.heads, tail, k.shape[3])
+        return WindowState(
+            keys=empty, values=empty.clone(), prefix_keys=k, prefix_values=v, position=0
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
+        return q, k, v
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: WindowState
+    ) -> tuple[Float[Tensor, "b t d"], WindowState]:
+        q, k, v = self.project(x)
+        length, tail = x.shape[1], self.window - 1
+        positions = torch.arange(state.position, state.position + length, device=x.device)
+        rotated, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        k, v = (
+            torch.cat([state.keys.to(k.dtype), k], 2),
+            torch.cat([state.values.to(v.dtype), v], 2),
+        )
+        y = self.attend(q, rotated, k, v, state)
+        after = WindowState(
+            keys=k[:, :, k.shape[2] - tail :],
+            values=v[:, :, v.shape[2] - tail :],
+            prefix_keys=state.prefix_keys,
+            prefix_values=state.prefix_values,
+            position=state.position + length,
+        )
+        return self.output(rearrange(y, "b h t d -> b t (h d)")), after
+
+    def attend(
+        self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, state: WindowState
+    ) -> Tensor:
+        """Blocked attention; k and v begin window - 1 tokens before the queries."""
+        length, tail = q.shape[2], self.window - 1
+        block = min(length, self.window)
+        blocks = -(-length // block)
+        missing = blocks * block - length  # zero rows at the end: seen by no real query
+        q, rotated, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, rotated, k, v))
+        split = "b h (n t) d -> b n h t d"
+        q, rotated = (rearrange(x, split, t=block) for x in (q, rotated))
+        k, v = (
+            rearrange(x.unfold(2, tail + block, block), "b h n d t -> b n h t d") for x in (k, v)
+        )
+        mask = window_mask(blocks, block, self.window, state.position, q.device)
+        y = attend_with_prefix(q, rotated, k, v, state.prefix_keys, state.prefix_values, mask)
+        return rearrange(y, "b n h t d -> b h (n t) d")[:, :, :length]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentState(State):
+    """The open segment of MAC: rotated keys and values (B, H, segment, D) of its tokens and
+    of its memory tokens, zeros where nothing was read yet. offset: tokens of it read."""
+
+    keys: Tensor
+    values: Tensor
+    memory_keys: Tensor
+    memory_values: Tensor
+    offset: int
+
+
+class SegmentAttention(nn.Module):
+    """MAC's attention over [prefix || h || segment], causal inside the segment (v1 eq. 22-23).
+
+    Token i sees the prefix, the memory tokens h_j and the tokens s_j with j <= i. h_j has the
+    rotary position of s_j; the order in which the paper writes them matters in no other way.
+    """
+
+    def __init__(self, dim: int, heads: int, segment: int, stride: int, rope_base: float) -> None:
+        super().__init__()
+        self.heads, self.segment, self.stride = heads, segment, stride
+        self.rope_base = rope_base
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def init_state(self, batch_size: int) -> SegmentState:
+        weight = self.qkv.weight
+        size = weight.shape[1] // self.heads
+
+        def empty(length: int) -> Tensor:
+            return weight.new_zeros(batch_size, self.heads, length, size)
+
+        notes = self.segment // self.stride
+        return SegmentState(
+            keys=empty(self.segment),
+            values=empty(self.segment),
+            memory_keys=empty(notes),
+            memory_values=empty(notes),
+            offset=0,
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b n d"],
+        prefix: Float[Tensor, "b p d"],
+        state: SegmentState,
+    ) -> tuple[Float[Tensor, "b t d"], SegmentState]:
+        """x: tokens of one segment, from state.offset on; memory: the h_j among them.
+
+        h_j belongs to token j = 0, stride, 2 stride, ... of the segment.
+        """
+        begin, end = state.offset, state.offset + x.shape[1]
+        split = "b t (n h d) -> n b h t d"
+        q, k, v = rearrange(self.qkv(x), split, n=3, h=self.heads)
+        hk, hv = rearrange(self.qkv(memory), split, n=3, h=self.heads)[1:]
+        pk, pv = rearrange(self.qkv(prefix), split, n=3, h=self.heads)[1:]
+        positions = torch.arange(begin, end, device=x.device)
+        first, last = -(-begin // self.stride), -(-end // self.stride)
+        owners = torch.arange(first, last, device=x.device) * self.stride
+        rotated, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        hk = rotate(hk, owners, self.rope_base)
+
+        keys, values = fill(state.keys, k, begin), fill(state.values, v, begin)
+        notes_k, notes_v = (
+            fill(state.memory_keys, hk, first),
+            fill(state.memory_values, hv, first),
+        )
+        all_positions = torch.arange(end, device=x.device)
+        sources = torch.cat([torch.arange(last, device=x.device) * self.stride, all_positions])
+        mask = sources[None, :] <= positions[:, None]
+        y = attend_with_prefix(
+            q,
+            rotated,
+            torch.cat([notes_k[:, :, :last], keys[:, :, :end]], 2),
+            torch.cat([notes_v[:, :, :last], values[:, :, :end]], 2),
+            pk,
+            pv,
+            mask,
+        )
+        after = SegmentState(
+            keys=keys,
+            values=values,
+            memory_keys=notes_k,
+            memory_values=notes_v,
+            offset=end % self.segment,
+        )
+        return self.output(rearrange(y, "b h t d -> b t (h d)")), after
+
+
+def attend_with_prefix(
+    q: Float[Tensor, "*b h t d"],
+    rotated: Float[Tensor, "*b h t d"],
+    k: Float[Tensor, "*b h s d"],
+    v: Float[Tensor, "*b h s d"],
+    prefix_k: Float[Tensor, "c h p d"],
+    prefix_v: Float[Tensor, "c h p d"],
+    mask: Bool[Tensor, "*m t s"],
+) -> Float[Tensor, "*b h t d"]:
+    """One softmax over the prefix (position-free) and the tokens (rotary, masked)."""
+    scale = q.shape[-1] ** -0.5
+    if prefix_k.shape[2] == 0:
+        return F.scaled_dot_product_attention(rotated, k, v, attn_mask=mask, scale=scale)
+    if q.ndim == 5:  # blocked: the prefix is the same in every block
+        prefix_k, prefix_v = prefix_k[:, None], prefix_v[:, None]
+    prefix_k, prefix_v = (
+        p.to(q.dtype).expand(*q.shape[:-2], *p.shape[-2:]) for p in (prefix_k, prefix_v)
+    )
+    zero_k, zero_p = torch.zeros_like(k), torch.zeros_like(prefix_k)
+    queries = torch.cat([rotated, q], -1)
+    keys = torch.cat([torch.cat([zero_p, prefix_k], -1), torch.cat([k, zero_k], -1)], -2)
+    values = torch.cat([prefix_v, v], -2)
+    mask = F.pad(mask, (prefix_k.shape[-2], 0), value=True)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+
+
+def window_mask(
+    blocks: int, block: int, window: int, position: int, device: torch.device
+) -> Bool[Tensor, "n 1 t s"]:
+    """mask[n, 0, t, s]: may query t of block n see key s of its slice?
+
+    The slice of block n begins window - 1 tokens before the block; keys before the text
+    began (absolute position below 0) are never seen.
+    """
+    t = torch.arange(block, device=device)
+    s = torch.arange(window - 1 + block, device=device)
+    distance = t[:, None] + window - 1 - s[None, :]
+    seen = (distance >= 0) & (distance < window)
+    begins = position - (window - 1) + block * torch.arange(blocks, device=device)
+    exists = begins[:, None] + s[None, :] >= 0
+    return (seen[None] & exists[:, None])[:, None]
+
+
+def rotate(
+    x: Float[Tensor, "*b t d"], positions: Tensor, base: float
+) -> Float[Tensor, "*b t d"]:
+    """Rotary position embedding. Angles in float64: position 10 million still has all digits."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angles = positions.double()[:, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def fill(buffer: Tensor, rows: Tensor, start: int) -> Tensor:
+    """The (B, H, length, D) buffer with `rows` written from `start` on, as a new tensor."""
+    stop = start + rows.shape[2]
+    return torch.cat([buffer[:, :, :start].to(rows.dtype), rows, buffer[:, :, stop:].to(rows.dtype)], 2)

@@ -1,0 +1,34 @@
+"""Causal depthwise convolution with an explicit tail, so that a stream may be cut anywhere."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class CausalConv(nn.Module):
+    """y_t = bias + sum_j w_j x_{t-width+1+j}, per channel."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.width**-0.5), self.width**-0.5)
+        with torch.no_grad():  # start near the identity: the current token dominates
+            self.weight[-1] += 1.0
+        nn.init.zeros_(self.bias)
+
+    def init_tail(self, batch_size: int) -> Float[Tensor, "b w c"]:
+        return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[1])
+
+    def forward(
+        self, x: Float[Tensor, "b t c"], tail: Float[Tensor, "b w c"]
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b w c"]]:
+        """tail: the width - 1 inputs before x. Returns outputs and the next tail."""
+        length = x.shape[1]
+        padded = torch.cat([tail.to(x.dtype), x], 1)
+        y = self.bias + sum(padded[:, j : j + length] * w for j, w in enumerate(self.weight))
+        return y.to(x.dtype), padded[:, length:]

@@ -1,0 +1,1 @@
+"""What the four models are compared with."""

@@ -1,0 +1,219 @@
+"""TitansLM: a causal language model around one of the mixers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from titans.config import TitansConfig, build, to_dict
+from titans.layers.feedforward import SwiGLU
+from titans.layers.memory import MemoryRecord
+from titans.models.baselines.attention import AttentionMixer
+from titans.models.lmm import LMMMixer
+from titans.models.mac import MACMixer
+from titans.models.mag import MAGMixer
+from titans.models.mal import MALMixer
+from titans.state import ModelState, State, digest, read_safetensors, write_safetensors
+
+FORMAT = "titans-model"
+FORMAT_VERSION = 1
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "lmm": LMMMixer,
+    "mac": MACMixer,
+    "mag": MAGMixer,
+    "mal": MALMixer,
+    "attention": AttentionMixer,
+}
+
+
+class LMOutput(NamedTuple):
+    """logits (B, T, vocab), the state after the last token, one record per block."""
+
+    logits: Tensor
+    state: ModelState
+    records: list[MemoryRecord | None]
+
+
+class Block(nn.Module):
+    """x + Mixer(norm(x)), then x + SwiGLU(norm(x)): the Llama macro-architecture."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.dim)
+        self.mixer = MIXERS[config.variant](config)
+        hidden = config.ffn_hidden
+        self.ffn_norm = nn.RMSNorm(config.dim) if hidden else None
+        self.ffn = SwiGLU(config.dim, hidden) if hidden else None
+
+    def forward(
+        self, x: Tensor, state: State, write: bool = True
+    ) -> tuple[Tensor, State, MemoryRecord | None]:
+        y, state, record = self.mixer(self.mixer_norm(x), state, write)
+        x = x + y
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, state, record
+
+
+class TitansLM(nn.Module):
+    """`logits, state = model(tokens)`, then `model(more_tokens, state)` to go on.
+
+    tokens: (B, T) int64. Feeding a text in any pieces gives the logits and the state of one
+    pass. Weights are initialised in `reset_parameters` alone.
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Matrices normal with std 0.5 / sqrt(fan in) (0.016 at width 1024), divided by
+        sqrt(2 layers) where a block writes to the residual stream; embeddings 0.02; memory
+        weights, gates, convolutions, norms and persistent tokens as their modules say."""
+        depth = (2 * self.config.layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                into_stream = name.endswith(("mixer.output", "memory.output", "ffn.down"))
+                std = 0.5 * module.in_features**-0.5
+                nn.init.normal_(module.weight, std=std * depth if into_stream else std)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            own = getattr(module, "reset_parameters", None)
+            if own is not None and not isinstance(module, nn.Linear | nn.Embedding | TitansLM):
+                own()
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def init_state(self, batch_size: int = 1) -> ModelState:
+        """The state before the first token: learned M_0, after the persistent tokens."""
+        blocks = tuple(block.mixer.init_state(batch_size) for block in self.mixers())
+        return ModelState(blocks=blocks, position=0, config_hash=self.config.hash())
+
+    def mixers(self) -> Sequence[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def forward(
+        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+    ) -> tuple[Float[Tensor, "b t v"], ModelState]:
+        """Logits of the next token at every position, and the state after the last."""
+        logits, state, _ = self.run(tokens, state, write)
+        return logits, state
+
+    def run(
+        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+    ) -> LMOutput:
+        """`forward`, with the record of every memory. write=False: memories are only read."""
+        self.check_tokens(tokens)
+        if state is None:
+            state = self.init_state(tokens.shape[0])
+        self.check_state(state, tokens.shape[0])
+        x = self.embedding(tokens)
+        after, records = [], []
+        for block, past in zip(self.blocks, state.blocks, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, new, record = checkpoint(block, x, past, write, use_reentrant=False)
+            else:
+                x, new, record = block(x, past, write)
+            after.append(new)
+            records.append(record)
+        logits = self.head(self.norm(x))
+        position = state.position + tokens.shape[1]
+        new_state = ModelState(
+            blocks=tuple(after), position=position, config_hash=state.config_hash
+        )
+        return LMOutput(logits, new_state, records)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(
+                f"tokens must be integers of shape (B, T), got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if tokens.shape[0] == 0 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens are empty: expected B, T >= 1, got {tuple(tokens.shape)}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
+
+    def check_state(self, state: ModelState, batch_size: int) -> None:
+        if not isinstance(state, ModelState):
+            raise ValueError(f"state must be a ModelState, got {type(state).__name__}")
+        if state.config_hash != self.config.hash():
+            raise ValueError(
+                f"this memory belongs to another model (config {state.config_hash}, "
+                f"this one is {self.config.hash()})"
+            )
+        held = next(iter(state.tensors().values())).shape[0]
+        if held != batch_size:
+            raise ValueError(f"the state is for a batch of {held}, got tokens for {batch_size}")
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write weights and config as one safetensors file, atomically.
+
+        dtype: stored precision, e.g. torch.bfloat16 to halve the file; None keeps it.
+        """
+        names = {name for name, _ in self.named_parameters()}  # tied weights once
+        tensors = {
+            name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+            for name, tensor in self.state_dict().items()
+            if name in names
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "config": json.dumps(to_dict(self.config)),
+            "sha256": digest(tensors),
+        }
+        write_safetensors(Path(path), tensors, metadata)
+
+    @property
+    def parameter_count(self) -> int:
+        """Distinct parameters; tied embeddings count once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
+    """A model saved by `TitansLM.save`, in float32 (float64 if saved so), in eval mode.
+
+    Raises ValueError of one line for a file that is missing, damaged or not a model.
+    """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a model file (format {metadata.get('format')!r})")
+    if metadata.get("version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path}: model file version {metadata.get('version')!r}, "
+            f"this release reads version {FORMAT_VERSION}"
+        )
+    if metadata.get("sha256") != digest(tensors):
+        raise ValueError(f"{path}: damaged model file (its checksum does not match)")
+    try:
+        config = build(TitansConfig, json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config does not fit this release ({error})") from None
+    model = TitansLM(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != got:
+        wrong = sorted(set(expected.items()) ^ set(got.items()))
+        raise ValueError(f"{path}: weights do not fit the config ({wrong[0][0]})")
+    if any(t.dtype == torch.float64 for t in tensors.values()):
+        model = model.double()
+    model.load_state_dict(tensors, strict=False)  # completeness was checked above
+    return model.to(device).eval()

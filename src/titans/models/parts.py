@@ -1,0 +1,40 @@
+"""Parts that several of the four models share: persistent tokens, and the combination (x)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from titans.config import TitansConfig
+
+
+class PersistentTokens(nn.Module):
+    """[p_1 ... p_N] of one block, at the scale of the normalised tokens they precede."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(config.persistent, config.dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.tokens)
+
+    def forward(self, batch_size: int) -> Float[Tensor, "b p d"]:
+        return self.tokens.expand(batch_size, *self.tokens.shape)
+
+
+class Combine(nn.Module):
+    """y (x) m of v1 eq. 25 and 28: both branches normalised with learned vectors, then a
+    non-linearity. Which one, and on which side, the paper leaves open: norm(y) act(norm(m))."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim)
+        self.memory_norm = nn.RMSNorm(config.dim)
+        self.activation = config.gate_activation
+
+    def forward(
+        self, attention: Float[Tensor, "b t d"], memory: Float[Tensor, "b t d"]
+    ) -> Float[Tensor, "b t d"]:
+        gate = self.memory_norm(memory)
+        gate = nn.functional.silu(gate) if self.activation == "silu" else gate.sigmoid()
+        return self.attention_norm(attention) * gate
