@@ -10,6 +10,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -55,6 +56,9 @@ class MemoryConfig:
     any constant eta (see docs/stability.md). False is the paper's letter."""
     decay: Literal["none", "scalar", "channel"] = "scalar"
     """Forgetting (alpha) per head, or per input channel of each layer (NeurIPS text)."""
+    decay_rank: int | None = None
+    """Rank of the map from the input to channel-wise forgetting; None is a full map. The paper
+    gives neither; full maps would cost depth * dim^2 parameters a layer."""
     decay_target: Literal["initial", "zero"] = "initial"
     """Forget towards the learned M_0, or towards zero (the paper's letter)."""
     per_layer_gates: bool = False
@@ -87,6 +91,8 @@ class MemoryConfig:
         require_positive(self, "dim", "heads", "depth", "expansion", "chunk_size", "block_size")
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"memory.dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        if self.decay_rank is not None and (self.decay_rank < 1 or self.decay != "channel"):
+            raise ValueError("memory.decay_rank must be at least 1 and needs decay = 'channel'")
         if self.conv_width < 0:
             raise ValueError(f"memory.conv_width must not be negative, got {self.conv_width}")
         if not 0 < self.learning_rate_init < 1 or not 0 < self.momentum_init < 1:
@@ -221,9 +227,8 @@ def check_type(where: str, value: Any, kind: Any) -> Any:
             raise ValueError(unknown(where, value, [str(a) for a in arguments]))
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None or value == "none":
-            if type(None) in arguments:
-                return None
+        if (value is None or value == "none") and type(None) in arguments:
+            return None
         rest = [a for a in arguments if a is not type(None)]
         return check_type(where, value, rest[0])
     if origin is tuple:
@@ -292,7 +297,7 @@ def write_table(table: dict[str, Any], name: str, lines: list[str]) -> None:
             write_table(value, f"{name}.{key}" if name else key, lines)
 
 
-def unknown(what: str, given: Any, known: typing.Sequence[str]) -> str:
+def unknown(what: str, given: Any, known: Sequence[str]) -> str:
     """`unknown X 'y'; did you mean 'z'?`, or the list of what there is."""
     close = difflib.get_close_matches(str(given), list(known), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FORMAT = "titans-memory"
 FORMAT_VERSION = 1
+
+S = TypeVar("S", bound="State")
 
 _STATE_TYPES: dict[str, type["State"]] = {}
 
@@ -31,7 +33,7 @@ class State:
         super().__init_subclass__(**kwargs)
         _STATE_TYPES[cls.__name__] = cls
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """Apply `function` to every tensor. Tensors shared between fields stay shared."""
         seen: dict[int, Tensor] = {}
 
@@ -48,15 +50,15 @@ class State:
         _collect(self, "", found)
         return found
 
-    def detach(self) -> Self:
+    def detach(self: S) -> S:
         """The same values, cut off from the graph that computed them."""
         return self.map(Tensor.detach)
 
-    def fork(self) -> Self:
+    def fork(self: S) -> S:
         """An independent copy: what one copy reads never shows in the other."""
         return self.map(lambda tensor: tensor.detach().clone())
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: S, device: torch.device | str) -> S:
         return self.map(lambda tensor: tensor.to(device))
 
     @property
@@ -83,7 +85,7 @@ class State:
         write_safetensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+    def load(cls: type[S], path: str | Path, device: torch.device | str = "cpu") -> S:
         """Read a state back. A wrong, damaged or foreign file is a ValueError of one line."""
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
@@ -165,7 +167,9 @@ def _map(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(node, Tensor):
         return function(node)
     if isinstance(node, State):
-        return replace(node, **{f.name: _map(getattr(node, f.name), function) for f in fields(node)})
+        return replace(
+            node, **{f.name: _map(getattr(node, f.name), function) for f in fields(node)}
+        )
     if isinstance(node, tuple):
         return tuple(_map(child, function) for child in node)
     return node

@@ -1,0 +1,1 @@
+"""Data: text, tokenizers, prepared shards, and one file per task's data."""

@@ -231,9 +231,7 @@ def window_mask(
     return (seen[None] & exists[:, None])[:, None]
 
 
-def rotate(
-    x: Float[Tensor, "*b t d"], positions: Tensor, base: float
-) -> Float[Tensor, "*b t d"]:
+def rotate(x: Float[Tensor, "*b t d"], positions: Tensor, base: float) -> Float[Tensor, "*b t d"]:
     """Rotary position embedding. Angles in float64: position 10 million still has all digits."""
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
@@ -246,4 +244,6 @@ def rotate(
 def fill(buffer: Tensor, rows: Tensor, start: int) -> Tensor:
     """The (B, H, length, D) buffer with `rows` written from `start` on, as a new tensor."""
     stop = start + rows.shape[2]
-    return torch.cat([buffer[:, :, :start].to(rows.dtype), rows, buffer[:, :, stop:].to(rows.dtype)], 2)
+    return torch.cat(
+        [buffer[:, :, :start].to(rows.dtype), rows, buffer[:, :, stop:].to(rows.dtype)], 2
+    )

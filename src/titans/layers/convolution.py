@@ -21,14 +21,20 @@ class CausalConv(nn.Module):
             self.weight[-1] += 1.0
         nn.init.zeros_(self.bias)
 
-    def init_tail(self, batch_size: int) -> Float[Tensor, "b w c"]:
-        return self.weight.new_zeros(batch_size, self.width - 1, self.weight.shape[1])
+    def init_tail(self, batch_size: int, channels: int | None = None) -> Float[Tensor, "b w c"]:
+        """Zeros: nothing was read yet."""
+        count = self.weight.shape[1] if channels is None else channels
+        return self.weight.new_zeros(batch_size, self.width - 1, count)
 
     def forward(
         self, x: Float[Tensor, "b t c"], tail: Float[Tensor, "b w c"]
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b w c"]]:
-        """tail: the width - 1 inputs before x. Returns outputs and the next tail."""
-        length = x.shape[1]
+        """tail: the width - 1 inputs before x. Returns outputs and the next tail.
+
+        An x with fewer channels than the module meets the first of them.
+        """
+        length, channels = x.shape[1], x.shape[2]
         padded = torch.cat([tail.to(x.dtype), x], 1)
-        y = self.bias + sum(padded[:, j : j + length] * w for j, w in enumerate(self.weight))
+        kernel, bias = self.weight[:, :channels], self.bias[:channels]
+        y = bias + sum(padded[:, j : j + length] * w for j, w in enumerate(kernel))
         return y.to(x.dtype), padded[:, length:]

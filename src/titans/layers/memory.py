@@ -134,7 +134,7 @@ class NeuralMemory(nn.Module):
         q, k, v, tail = self.project(x, state.tail)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
-            read = self.recall(q, state.rule.weights)
+            read = read_memory(q, state.rule.weights, self.network, self.anchor())
             record = MemoryRecord(none, None, None, none)
             return self.emit(read, x), replace(state, tail=tail), record
         rate, momentum, decay = self.gates(x)
@@ -166,14 +166,18 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys (unit norm) and values (B, T, H, D), and the convolution's next tail."""
-        mixed = self.qkv(x)
-        if self.conv is not None:
-            assert tail is not None
-            mixed, tail = self.conv(mixed, tail)
-        if self.config.qkv_activation == "silu":
-            mixed = F.silu(mixed)
+        mixed, tail = self.mix(self.qkv(x), tail)
         q, k, v = rearrange(mixed, "b t (n h d) -> n b t h d", n=3, h=self.config.heads)
         return unit_norm(q), unit_norm(k), v, tail
+
+    def mix(self, projected: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Convolution and activation after the projections."""
+        if self.conv is not None:
+            assert tail is not None
+            projected, tail = self.conv(projected, tail)
+        if self.config.qkv_activation == "silu":
+            projected = F.silu(projected)
+        return projected, tail
 
     def emit(self, read: Float[Tensor, "b t h v"], x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project back to the model's width."""
@@ -182,11 +186,19 @@ class NeuralMemory(nn.Module):
             y = y * F.silu(self.output_gate(x))
         return self.output(y)
 
+    def init_recall_tail(self, batch_size: int) -> Tensor | None:
+        """Tail for a stream of `recall`: the convolution of the queries alone."""
+        inner = self.config.heads * self.config.key_dim
+        return None if self.conv is None else self.conv.init_tail(batch_size, inner)
+
     def recall(
-        self, queries: Float[Tensor, "b t h k"], weights: tuple[Tensor, ...]
-    ) -> Float[Tensor, "b t h v"]:
-        """M*(q): read fixed weights without writing (paper v1, eq. 21)."""
-        return read_memory(queries, weights, self.network, self.anchor())
+        self, x: Float[Tensor, "b t d"], weights: tuple[Tensor, ...], tail: Tensor | None
+    ) -> tuple[Float[Tensor, "b t d"], Tensor | None]:
+        """M*(x W_Q): read fixed weights without writing (paper v1, eq. 21)."""
+        inner = self.config.heads * self.config.key_dim
+        q, tail = self.mix(F.linear(x, self.qkv.weight[:inner]), tail)
+        q = unit_norm(rearrange(q, "b t (h d) -> b t h d", h=self.config.heads))
+        return self.emit(read_memory(q, weights, self.network, self.anchor()), x), tail
 
 
 class MemoryGates(nn.Module):
@@ -206,7 +218,12 @@ class MemoryGates(nn.Module):
             heads * sets if config.momentum else 0,
             heads * sets * channels if config.decay != "none" else 0,
         ]
-        self.map = nn.Linear(config.dim, sum(self.sizes))
+        # A low-rank map of the decay stands apart: its first half is `squeeze`.
+        self.low_rank = config.decay_rank is not None
+        self.map = nn.Linear(config.dim, sum(self.sizes[:2] if self.low_rank else self.sizes))
+        if config.decay_rank is not None:
+            self.squeeze = nn.Linear(config.dim, config.decay_rank, bias=False)
+            self.expand = nn.Linear(config.decay_rank, self.sizes[2])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -233,16 +250,21 @@ class MemoryGates(nn.Module):
                 .reshape(-1)
             )
         with torch.no_grad():
+            if self.low_rank:
+                self.squeeze.reset_parameters()
+                nn.init.zeros_(self.expand.weight)
+                self.expand.bias.copy_(parts.pop())
             self.map.bias.copy_(torch.cat(parts))
 
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Gate, Gate | None, Gate | None]:
         """Gates for `titans.ops.neural_memory`, in at least float32."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.map.weight, self.map.bias
-            if x.dtype != torch.float64:
-                x, weight, bias = x.float(), weight.float(), bias.float()
-            raw_rate, raw_momentum, raw_decay = F.linear(x, weight, bias).split(self.sizes, -1)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            raw = linear(self.map, x.to(wide))
+            if self.low_rank:
+                raw = torch.cat([raw, linear(self.expand, linear(self.squeeze, x.to(wide)))], -1)
+        raw_rate, raw_momentum, raw_decay = raw.split(self.sizes, -1)
         if config.gates == "closing":
             theta = (1.3 * torch.sigmoid(raw_rate) - 0.15).clamp(0.0, 1.0)
         else:
@@ -283,11 +305,17 @@ class MemoryGates(nn.Module):
         if config.depth == 1:
             return split[0]
         return [
-            split[layer % sets] if layer == 0 else split[layer % sets].repeat(
-                1, 1, 1, config.expansion
-            )
+            split[layer % sets]
+            if layer == 0
+            else split[layer % sets].repeat(1, 1, 1, config.expansion)
             for layer in range(config.depth)
         ]
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the precision of x."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def unit_norm(x: Tensor) -> Tensor:

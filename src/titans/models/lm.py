@@ -1,9 +1,8 @@
 """TitansLM: a causal language model around one of the mixers."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +21,8 @@ from titans.state import ModelState, State, digest, read_safetensors, write_safe
 
 FORMAT = "titans-model"
 FORMAT_VERSION = 1
+# Linear maps whose output is added to the residual stream.
+SINKS = ("mixer.output", "memory.output", "attention.output", "ffn.down")
 
 MIXERS: dict[str, type[nn.Module]] = {
     "lmm": LMMMixer,
@@ -87,24 +88,22 @@ class TitansLM(nn.Module):
         depth = (2 * self.config.layers) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                into_stream = name.endswith(("mixer.output", "memory.output", "ffn.down"))
+                into_stream = name.endswith(SINKS)
                 std = 0.5 * module.in_features**-0.5
                 nn.init.normal_(module.weight, std=std * depth if into_stream else std)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
             own = getattr(module, "reset_parameters", None)
-            if own is not None and not isinstance(module, nn.Linear | nn.Embedding | TitansLM):
+            if callable(own) and not isinstance(module, nn.Linear | nn.Embedding | TitansLM):
                 own()
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
 
     def init_state(self, batch_size: int = 1) -> ModelState:
         """The state before the first token: learned M_0, after the persistent tokens."""
-        blocks = tuple(block.mixer.init_state(batch_size) for block in self.mixers())
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        blocks = tuple(mixer.init_state(batch_size) for mixer in mixers)
         return ModelState(blocks=blocks, position=0, config_hash=self.config.hash())
-
-    def mixers(self) -> Sequence[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
 
     def forward(
         self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True

@@ -1,7 +1,7 @@
 """The one public op: validate once, then dispatch on `impl`."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ def neural_memory(
     objective: Objective = "l2",
     chunk_size: int = 1,
     block_size: int = 64,
-    anchor: Sequence[Float[Tensor, "h i o"]] | None = None,
+    anchor: Sequence[Float[Tensor, "h _ _"]] | None = None,
     max_surprise: float | None = None,
     impl: Implementation = "auto",
 ) -> MemoryOutput:
@@ -121,15 +121,15 @@ def neural_memory(
 
 def read_memory(
     queries: Float[Tensor, "b t h k"],
-    weights: Sequence[Float[Tensor, "b h i o"]],
+    weights: Sequence[Float[Tensor, "b h _ _"]],
     network: MemoryNetwork,
-    anchor: Sequence[Float[Tensor, "h i o"]] | None = None,
+    anchor: Sequence[Float[Tensor, "h _ _"]] | None = None,
 ) -> Float[Tensor, "b t h v"]:
     """M*(q): read without writing, all queries from the same weights (paper v1, eq. 21)."""
     at = weights if anchor is None else [a + w for a, w in zip(anchor, weights, strict=True)]
     q = queries.to(at[0].dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
-        y = network.forward(lambda layer, a: a @ at[layer], q)
+        y = network.apply(at, q)
     return y.transpose(1, 2).to(queries.dtype)
 
 
@@ -213,7 +213,8 @@ def check_state(
     if momentum != (state.momentum is not None):
         given, held = ("is", "none") if momentum else ("is not", "some")
         raise ValueError(f"momentum {given} given but the state holds {held}")
-    if (state.base is None) != (chunk_size == 1):
+    fits = chunk_size == 1 if state.base is None else chunk_size > 1
+    if not fits:
         raise ValueError(
             f"the state was made for chunk_size {'1' if state.base is None else 'above 1'}, "
             f"got {chunk_size}"
@@ -247,7 +248,9 @@ def prepare_gate(
     else:
         given = list(gate)
     if len(given) != network.depth:
-        raise ValueError(f"{name} must have one tensor per layer ({network.depth}), got {len(given)}")
+        raise ValueError(
+            f"{name} must have one tensor per layer ({network.depth}), got {len(given)}"
+        )
     sizes = [i for i, _ in network.shapes(channels[3], channels[7])] if channels else []
     prepared: dict[int, Tensor] = {}
     for layer, x in enumerate(given):
@@ -256,5 +259,5 @@ def prepare_gate(
             wanted = " or ".join(str(a) for a in allowed)
             raise ValueError(f"{name} of layer {layer} must be {wanted}, got {tuple(x.shape)}")
         if id(x) not in prepared:
-            prepared[id(x)] = cast(Tensor, x.to(dtype).transpose(1, 2))
+            prepared[id(x)] = x.to(dtype).transpose(1, 2)
     return tuple(prepared[id(x)] for x in given)

@@ -60,9 +60,7 @@ def neural_memory_chunked(
         surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
         layers = range(network.depth)
         past: Sequence[Tensor | None] = S if S is not None else [None] * network.depth
-        W = tuple(
-            coefficient[i].final_weights(W[i], past[i], inputs[i], deltas[i]) for i in layers
-        )
+        W = tuple(coefficient[i].final_weights(W[i], past[i], inputs[i], deltas[i]) for i in layers)
         if S is not None:
             S = tuple(
                 s

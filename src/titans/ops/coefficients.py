@@ -94,7 +94,9 @@ class Coefficients:
             result = result + m * momentum
         return result
 
-    def final_momentum(self, momentum: Tensor | None, keys: Tensor, errors: Tensor) -> Tensor | None:
+    def final_momentum(
+        self, momentum: Tensor | None, keys: Tensor, errors: Tensor
+    ) -> Tensor | None:
         """S after the chunk's last token."""
         if self.carry is None or self.last is None or momentum is None:
             return None

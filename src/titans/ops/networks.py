@@ -64,14 +64,20 @@ class MemoryNetwork:
         y = layer_norm(a)[0] if self.norm else a
         return x + y if self.residual else y
 
+    def apply(
+        self, weights: Sequence[Float[Tensor, "*b _ _"]], x: Float[Tensor, "*b t k"]
+    ) -> Float[Tensor, "*b t v"]:
+        """M(x) with the weights at hand."""
+        return self.forward(lambda layer, a: a @ weights[layer], x)
+
     def error_signals(
         self,
-        weights: Sequence[Float[Tensor, "*b i o"]],
+        weights: Sequence[Float[Tensor, "*b _ _"]],
         keys: Float[Tensor, "*b t k"],
         values: Float[Tensor, "*b t v"],
         objective: Objective,
         max_surprise: float | None = None,
-    ) -> tuple[list[Float[Tensor, "*b t i"]], list[Float[Tensor, "*b t o"]]]:
+    ) -> tuple[list[Float[Tensor, "*b t _"]], list[Float[Tensor, "*b t _"]]]:
         """Inputs a_l and error signals delta_l of every layer; the gradient is a_l^T delta_l.
 
         Losses: l2 is 0.5 |M(k) - v|^2, dot is -<M(k), v>. `max_surprise` bounds the norm of

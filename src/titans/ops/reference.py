@@ -23,8 +23,8 @@ def neural_memory_reference(
     max_surprise: float | None,
 ) -> MemoryOutput:
     """Loop over tokens; tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
-    M, S, base = list(state.weights), state.momentum, list(state.base or state.weights)
-    S = None if S is None else list(S)
+    M, base = list(state.weights), list(state.base or state.weights)
+    S = None if state.momentum is None else list(state.momentum)
     offset = state.offset
     reads, surprises = [], []
     for t in range(keys.shape[2]):
@@ -41,7 +41,7 @@ def neural_memory_reference(
             # M_t = (1 - alpha) M_{t-1} + S_t (v1 eq. 13)
             M[layer] = (M[layer] if alpha is None else (1.0 - alpha) * M[layer]) + step
         now = M if anchor is None else [a + m for a, m in zip(anchor, M, strict=True)]
-        reads.append(network.forward(lambda layer, a, now=now: a @ now[layer], q))  # v1 eq. 15
+        reads.append(network.apply(now, q))  # v1 eq. 15
         surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
         offset = (offset + 1) % chunk_size
     final = RuleState.after(M, S, base, offset, chunk_size)

@@ -30,7 +30,7 @@ class RuleState(State):
     @classmethod
     def init(
         cls,
-        weights: Sequence[Float[Tensor, "h i o"]],
+        weights: Sequence[Float[Tensor, "h _ _"]],
         batch_size: int,
         *,
         momentum: bool,
@@ -44,7 +44,6 @@ class RuleState(State):
         past = tuple(w.new_zeros(batch_size, *w.shape) for w in weights) if momentum else None
         base = expanded if chunk_size > 1 else None
         return cls(weights=expanded, momentum=past, base=base, offset=0)
-
 
     @classmethod
     def after(

@@ -1,0 +1,203 @@
+"""Documents from files, folders and the Hugging Face hub, one after the other."""
+
+import bz2
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".jsonl"})
+
+_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open}
+_HUB_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# The title between the stars may run over a line end, but not on for ever.
+_GUTENBERG_START = re.compile(
+    r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG[^*]{0,400}\*\*\*",
+    re.MULTILINE | re.IGNORECASE,
+)
+# Many books have a plain line "End of the Project Gutenberg EBook of ..." before the starred one.
+_GUTENBERG_END = re.compile(
+    r"^(\*\*\* ?END OF (THE|THIS) PROJECT|End of (the )?Project) Gutenberg",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
+class Document(NamedTuple):
+    """One text that stands for itself: nothing before or after it belongs to it."""
+
+    name: str
+    """Where it came from: a path, with a line number for JSONL."""
+    text: str
+
+
+def read_documents(
+    paths: str | Path | Iterable[str | Path],
+    text_key: str = "text",
+    strip_gutenberg: bool = False,
+    encoding: str = "utf-8-sig",
+) -> Iterator[Document]:
+    """The documents in `paths`: files in the order given, the files of a folder sorted by path.
+
+    A JSONL file (`.jsonl`) holds one document a line, under `text_key`; any other file is one
+    document, as it stands, line ends included. Both may be compressed (`.gz`, `.bz2`). A folder is
+    read recursively, and only its files with one of `TEXT_SUFFIXES` count; of those, files that
+    hold no text at all are passed over. `strip_gutenberg` removes the header and footer of Project
+    Gutenberg. The default encoding is UTF-8, with or without a byte-order mark.
+
+    One document is in memory at a time. All paths are looked up before the first one is read, so
+    that a misspelt one is found at once.
+
+    Raises ValueError, in one line that names the file: missing, unreadable, binary, not in
+    `encoding`, no text in it, a line that is not a JSON object with a string under `text_key`.
+    Also for an encoding that Python does not know.
+    """
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"expected the name of a text encoding, got {encoding!r}") from error
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    for path, files in [(path, _files(Path(path))) for path in paths]:
+        empty = True
+        for file in files:
+            for document in _read_file(file, text_key, encoding):
+                if strip_gutenberg:
+                    document = document._replace(text=without_gutenberg(document.text))
+                empty = False
+                yield document
+        if empty:
+            raise ValueError(f"{path}: no text in it")
+
+
+def hub_documents(
+    name: str,
+    split: str = "train",
+    text_key: str = "text",
+    config: str | None = None,
+    streaming: bool = True,
+) -> Iterator[Document]:
+    """The documents of a dataset on the Hugging Face hub, e.g. "HuggingFaceFW/fineweb-edu".
+
+    `name` may also be a local folder laid out as a dataset, or one local file (.jsonl, .json, .csv,
+    .parquet). `config` is the dataset's configuration, e.g. "sample-10BT". With `streaming`
+    nothing is stored; without it the whole split is downloaded into the cache of `datasets` first.
+
+    Raises ImportError without the extra `text`, and ValueError, in one line, for a dataset, split
+    or column that cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("hub_documents needs `pip install titans[text]`") from error
+    where = f"{name} [{split}]"
+    source: dict[str, Any] = {"path": name}
+    if Path(name).is_file():
+        # Also for a compressed file the kind is told by the inner suffix.
+        kind = _kind(Path(name))
+        if kind not in _HUB_BUILDERS:
+            raise ValueError(f"{name}: expected one of {sorted(_HUB_BUILDERS)}, got {kind!r}")
+        source = {"path": _HUB_BUILDERS[kind], "data_files": {split: name}}
+    try:
+        rows = datasets.load_dataset(name=config, split=split, streaming=streaming, **source)
+        for number, row in enumerate(rows):
+            yield Document(
+                f"{where} row {number}", _text_of(row, text_key, f"{where} row {number}")
+            )
+    # The library's own errors, those of the network and of Arrow share no base class but Exception.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
+
+
+def without_gutenberg(text: str) -> str:
+    """`text` without what Project Gutenberg put before and after the book.
+
+    Either marker may be missing; with neither, the text comes back as it was.
+    """
+    start = _GUTENBERG_START.search(text)
+    end = _GUTENBERG_END.search(text, start.end() if start else 0)
+    if start is None and end is None:
+        return text
+    return text[start.end() if start else 0 : end.start() if end else None].strip("\r\n")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the text files below a folder."""
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if _kind(f) in TEXT_SUFFIXES and f.is_file())
+        if not files:
+            raise ValueError(f"{path}: no text files in it ({', '.join(sorted(TEXT_SUFFIXES))})")
+        return files
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    return [path]
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells what is inside: `.txt` for `a.txt.gz`."""
+    inner = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    return inner.suffix.lower()
+
+
+def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
+    """The documents of one file; none where a plain file holds no characters."""
+    with _open_text(path, encoding) as stream:
+        if _kind(path) == ".jsonl":
+            yield from _read_lines(stream, path, text_key)
+        elif text := stream.read():
+            if "\0" in text:
+                raise ValueError(f"{path}: expected text, got binary data (it has zero bytes)")
+            yield Document(str(path), text)
+
+
+@contextmanager
+def _open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
+    """Opens a plain or compressed file; whatever goes wrong in reading it names the file."""
+    opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
+    try:
+        # newline="\n" leaves "\r\n" as it is, and keeps a stray "\r" from splitting a JSON line.
+        with opener(path, "rt", encoding=encoding, newline="\n") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        codec = "UTF-8" if encoding == "utf-8-sig" else encoding
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: expected {codec} text, got byte 0x{byte:02x}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read ({reason})") from error
+
+
+def _read_lines(stream: TextIOWrapper, path: Path, text_key: str) -> Iterator[Document]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not a line of JSON ({error.msg})") from error
+        yield Document(where, _text_of(row, text_key, where))
+
+
+def _text_of(row: Any, text_key: str, where: str) -> str:
+    """The string under `text_key`, or a ValueError that starts with `where`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if text_key not in row:
+        raise ValueError(f"{where}: expected the key {text_key!r}, got {sorted(row)}")
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where}: expected a string under {text_key!r}, got {type(text).__name__}"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise ValueError(f"{where}: {text_key!r} is not valid Unicode ({error.reason})") from error
+    return text

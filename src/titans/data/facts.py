@@ -1,0 +1,141 @@
+"""Facts hidden in real text: `The code of baku is 4821.`, asked for later.
+
+Recall is scored by all digits of the answer, so knowing which values occurred is not enough:
+each must be bound to its name. Names and values of the tests never occur in training.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans.data.carrier import window
+
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+SYLLABLES = 2
+DIGITS = 4
+HELD_OUT_EVERY = 5
+
+TEXT, STATED, ANSWER = 0, 1, 2  # what a byte of a training row is
+
+
+class Fact(NamedTuple):
+    """A name and its code of `DIGITS` digits."""
+
+    name: str
+    value: str
+
+    @property
+    def statement(self) -> bytes:
+        return f" The code of {self.name} is {self.value}. ".encode()
+
+    @property
+    def question(self) -> bytes:
+        """What the model reads before it answers with the digits."""
+        return f" The code of {self.name} is ".encode()
+
+
+STATEMENT_SIZE = len(Fact("x" * 2 * SYLLABLES, "0" * DIGITS).statement)
+
+
+class Batch(NamedTuple):
+    """tokens, labels (B, T) int64; weights (B, T) float32 of the loss per label;
+    answers (B, T) bool, the labels that are digits of an answer."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+    answers: Tensor
+
+
+def draw_facts(count: int, generator: np.random.Generator, held_out: bool) -> list[Fact]:
+    """Facts with distinct names and distinct values from the training or the test split."""
+    facts: dict[str, str] = {}
+    used: set[str] = set()
+    while len(facts) < count:
+        name = "".join(
+            CONSONANTS[generator.integers(len(CONSONANTS))]
+            + VOWELS[generator.integers(len(VOWELS))]
+            for _ in range(SYLLABLES)
+        )
+        value = f"{generator.integers(10**DIGITS):0{DIGITS}d}"
+        fresh = name not in facts and value not in used
+        if fresh and is_held_out(name) == held_out and is_held_out(value) == held_out:
+            facts[name] = value
+            used.add(value)
+    return [Fact(name, value) for name, value in facts.items()]
+
+
+def is_held_out(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_EVERY == 0
+
+
+class FactBatches:
+    """Training batches as a pure function of (seed, step): a resumed run sees the same ones.
+
+    Every row is a window of real text with some facts stated in it and asked for later, in
+    random order. Weights: 1 / (number of answer digits in the batch) for answers, `text_weight`
+    / (number of text bytes) for the text, 0 for the digits of a statement (no one can know).
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[np.ndarray],
+        *,
+        lengths: Sequence[int],
+        tokens_per_batch: int,
+        facts: tuple[int, int],
+        text_weight: float,
+        seed: int,
+    ) -> None:
+        longest = max(lengths)
+        if max(len(text) for text in texts) < longest:
+            raise ValueError(f"the text is too short: need one of at least {longest} bytes")
+        self.texts, self.lengths, self.tokens_per_batch = texts, tuple(lengths), tokens_per_batch
+        self.facts, self.text_weight, self.seed = facts, text_weight, seed
+
+    def batch(self, step: int, lengths: Sequence[int] | None = None) -> Batch:
+        generator = np.random.default_rng((self.seed, step))
+        length = int(generator.choice(lengths or self.lengths))
+        rows = [self.row(length + 1, generator) for _ in range(self.tokens_per_batch // length)]
+        text = np.stack([r[0] for r in rows])
+        kind = np.stack([r[1] for r in rows])[:, 1:]
+        answers = kind == ANSWER
+        weights = answers / max(answers.sum(), 1)
+        weights = weights + self.text_weight * (kind == TEXT) / max((kind == TEXT).sum(), 1)
+        return Batch(
+            torch.from_numpy(text[:, :-1].astype(np.int64)),
+            torch.from_numpy(text[:, 1:].astype(np.int64)),
+            torch.from_numpy(weights.astype(np.float32)),
+            torch.from_numpy(answers),
+        )
+
+    def row(self, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes, and what each of them is (TEXT, STATED, ANSWER)."""
+        size = STATEMENT_SIZE
+        low, high = self.facts
+        count = int(generator.integers(low, min(high, length // (2 * size)) + 1))
+        facts = draw_facts(count, generator, held_out=False)
+        stated = generator.random(count)
+        asked = stated + (1.0 - stated) * generator.random(count)
+        events = sorted(
+            [(t, fact, STATED) for t, fact in zip(stated, facts, strict=True)]
+            + [(t, fact, ANSWER) for t, fact in zip(asked, facts, strict=True)],
+            key=lambda event: event[0],
+        )
+        filler = window(self.texts, length - size * len(events), generator)
+        cuts = np.sort(generator.integers(0, len(filler) + 1, len(events)))
+        parts, kinds, last = [], [], 0
+        for cut, (_, fact, what) in zip(cuts, events, strict=True):
+            sentence = np.frombuffer(fact.statement, dtype=np.uint8)
+            kind = np.full(len(sentence), TEXT)
+            kind[len(fact.question) : len(fact.question) + DIGITS] = what
+            parts += [filler[last:cut], sentence]
+            kinds += [np.full(cut - last, TEXT), kind]
+            last = cut
+        parts.append(filler[last:])
+        kinds.append(np.full(len(filler) - last, TEXT))
+        return np.concatenate(parts), np.concatenate(kinds)

@@ -1,0 +1,173 @@
+"""Text to token ids and back: raw UTF-8 bytes, or a byte-pair encoding from a `tokenizer.json`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer; a class of your own with these members will do."""
+
+    name: str
+    """What `load_tokenizer` turns back into this tokenizer."""
+    vocab_size: int
+    """Every id is below this number, `end_of_document` included."""
+    end_of_document: int
+    """The id that closes a document; `encode` never produces it, whatever the text says."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without an end of document."""
+        ...
+
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """The text of `ids`; ends of documents are dropped."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens: ids 0..255, and 256 for the end of a document."""
+
+    def __init__(self) -> None:
+        self.name = "bytes"
+        self.vocab_size = 257
+        self.end_of_document = 256
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of `text`."""
+        return list(text.encode("utf-8"))
+
+    def encode_array(self, text: str) -> UInt8[np.ndarray, "bytes"]:
+        """`encode` as a read-only array, without a Python object per byte."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ends of documents vanish.
+
+        Raises ValueError for an id outside 0..256.
+        """
+        array = np.fromiter(ids, dtype=np.int64)
+        wrong = array[(array < 0) | (array > self.end_of_document)]
+        if wrong.size:
+            raise ValueError(f"expected byte ids in 0..{self.end_of_document}, got {wrong[0]}")
+        kept = array[array != self.end_of_document]
+        return kept.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class BPETokenizer:
+    """A Hugging Face `tokenizers` file, with `<|endoftext|>` as the end of a document."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        """Wraps a `tokenizers.Tokenizer`; `name` is the path it came from."""
+        end_of_document = tokenizer.token_to_id(END_OF_TEXT)
+        if end_of_document is None:
+            raise ValueError(f"{name}: expected a token {END_OF_TEXT!r} in the vocabulary")
+        # A text that spells a special token out must not be able to end its own document.
+        tokenizer.encode_special_tokens = True
+        # Files made for a fixed-length model carry these, and would cut documents short.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.name = name
+        # Not the number of entries: a vocabulary may have gaps.
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self.end_of_document: int = end_of_document
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "BPETokenizer":
+        """Reads a `tokenizer.json`; ValueError where there is none or it is something else."""
+        library = _library()
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such tokenizer file")
+        try:
+            tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizers JSON file ({error})") from error
+        return cls(tokenizer, str(path))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "BPETokenizer":
+        """Learns a byte-level BPE from `texts` and writes it to `path`.
+
+        Any text round-trips, since all 256 bytes are in the vocabulary. A small corpus can yield
+        fewer than `vocab_size` tokens; the result's `vocab_size` says how many there are. The
+        folder of `path` must exist.
+        """
+        library = _library()
+        if vocab_size < 257:
+            raise ValueError(
+                f"expected vocab_size >= 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}"
+            )
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path}: its folder does not exist")
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.save(str(path))
+        return cls(tokenizer, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens spelled out in it are encoded as ordinary text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """The text of `ids`; ends of documents vanish."""
+        kept = [int(i) for i in ids if i != self.end_of_document]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer called "bytes", or the one in a `tokenizer.json` file."""
+    if str(name_or_path) == "bytes":
+        return ByteTokenizer()
+    if not Path(name_or_path).is_file():
+        raise ValueError(
+            f"expected the tokenizer 'bytes' or the path of a tokenizer.json, got '{name_or_path}'"
+        )
+    return BPETokenizer.from_file(name_or_path)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that tokens are kept in: little-endian uint16 where the vocabulary fits."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tokens"]:
+    """The ids of `text` followed by `end_of_document`, in `token_dtype`.
+
+    Raises ValueError where the tokenizer gives an id outside its own vocabulary.
+    """
+    ids: np.ndarray
+    if isinstance(tokenizer, ByteTokenizer):
+        ids = tokenizer.encode_array(text)
+    else:
+        ids = np.array(tokenizer.encode(text), dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name!r}: expected ids in 0..{tokenizer.vocab_size - 1}, "
+                f"got {ids.min()}..{ids.max()}"
+            )
+    document = np.empty(len(ids) + 1, dtype=token_dtype(tokenizer.vocab_size))
+    document[:-1] = ids
+    document[-1] = tokenizer.end_of_document
+    return document
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("a BPE tokenizer needs `pip install titans[text]`") from error
+    return tokenizers

@@ -1,0 +1,262 @@
+"""Inference: prefill, decode one token, generate, and stream a text of any length.
+
+All of it is `model(tokens, state)`; nothing here keeps a hidden cache.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from titans.models.lm import TitansLM
+from titans.state import ModelState
+
+PIECE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in the order of the fields."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_k: int | None = None
+    """Keep the k most likely tokens."""
+    top_p: float | None = None
+    """Keep the fewest tokens whose probabilities sum to at least p."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    seed: int | None = None
+    """Prompt i of a batch draws from its own generator, seeded with seed + i, so its text
+    does not depend on the other prompts. None draws a fresh seed."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {value}")
+
+
+class Generated(NamedTuple):
+    """tokens: the new tokens of every prompt, without the stop sequence.
+    states: for every prompt, what the model remembers after the last token it was fed; the
+    final new token is not among them (it was drawn, not read)."""
+
+    tokens: list[list[int]]
+    states: list[ModelState]
+
+
+class Reading(NamedTuple):
+    """One piece of a streamed text.
+
+    tokens: (B, T). nll: (B, T) nats, -log p(token | all before it); NaN for a stream's very
+    first token. surprise, learning_rate: (B, T, memories), means over heads; memories is the
+    number of blocks with one. logits: (B, V) after the piece. state: likewise.
+    """
+
+    tokens: Tensor
+    nll: Tensor
+    surprise: Tensor
+    learning_rate: Tensor
+    logits: Tensor
+    state: ModelState
+
+
+@torch.inference_mode()
+def prefill(
+    model: TitansLM, tokens: Int[Tensor, "b t"], state: ModelState | None = None
+) -> tuple[Float[Tensor, "b v"], ModelState]:
+    """Read a prompt, piece by piece in constant memory; logits of the token after it."""
+    logits = None
+    for start in range(0, max(tokens.shape[1], 1), PIECE):
+        logits, state = model(tokens[:, start : start + PIECE], state)
+    assert logits is not None
+    assert state is not None
+    return logits[:, -1], state
+
+
+@torch.inference_mode()
+def decode_one(
+    model: TitansLM, token: Int[Tensor, " b"], state: ModelState
+) -> tuple[Float[Tensor, "b v"], ModelState]:
+    """Read one token a row; logits of the next. The cost does not depend on the position."""
+    logits, state = model(token[:, None], state)
+    return logits[:, -1], state
+
+
+def generate(
+    model: TitansLM,
+    prompts: Sequence[Sequence[int]] | Int[Tensor, "b t"],
+    max_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    state: ModelState | None = None,
+) -> Generated:
+    """Continue every prompt by at most `max_tokens` tokens.
+
+    prompts: lists of token ids, of any lengths; prompts of one length run as one batch.
+    stop: token sequences that end a text. state: what the model has read before the prompt
+    (batch 1, or one row a prompt); it is not modified.
+
+    Raises ValueError for an empty prompt or list, a token outside the vocabulary, or a stop
+    sequence without tokens.
+    """
+    rows = [[int(t) for t in row] for row in prompts]
+    if not rows:
+        raise ValueError("no prompt given: expected at least one")
+    if any(not row for row in rows):
+        raise ValueError("the prompt is empty: expected at least one token")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if any(len(s) == 0 for s in stop):
+        raise ValueError("a stop sequence is empty: expected at least one token")
+    sampling = sampling or Sampling()
+    first = torch.seed() if sampling.seed is None else sampling.seed
+    device = next(model.parameters()).device
+    generators = [
+        torch.Generator(device).manual_seed((first + i) % 2**63) for i in range(len(rows))
+    ]
+
+    tokens: list[list[int]] = [[] for _ in rows]
+    states: list[ModelState | None] = [None] * len(rows)
+    for length in sorted({len(row) for row in rows}):
+        group = [i for i, row in enumerate(rows) if len(row) == length]
+        batch = torch.tensor([rows[i] for i in group], device=device)
+        past = None if state is None else select_rows(state, group, len(rows))
+        logits, after = prefill(model, batch, past)
+        continue_group(
+            model, group, logits, after, max_tokens, sampling, stop, generators, tokens, states
+        )
+    return Generated(tokens, [s for s in states if s is not None])
+
+
+def continue_group(
+    model: TitansLM,
+    group: list[int],
+    logits: Tensor,
+    state: ModelState,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[Sequence[int]],
+    generators: list[torch.Generator],
+    tokens: list[list[int]],
+    states: list[ModelState | None],
+) -> None:
+    """Decode a batch of prompts of one length until each has ended; fills tokens and states."""
+    for count in range(max_tokens):
+        drawn = sample(logits, sampling, [generators[i] for i in group])
+        ended = []
+        for row, index in enumerate(group):
+            tokens[index].append(int(drawn[row]))
+            hit = next((s for s in stop if tokens[index][-len(s) :] == list(s)), None)
+            if hit is not None:
+                del tokens[index][-len(hit) :]
+            if hit is not None or count == max_tokens - 1:
+                ended.append(row)
+                states[index] = select_rows(state, [row], len(group))
+        left = [row for row in range(len(group)) if row not in ended]
+        if not left:
+            return
+        if ended:
+            state, drawn = select_rows(state, left, len(group)), drawn[left]
+            group = [group[row] for row in left]
+        logits, state = decode_one(model, drawn, state)
+
+
+def sample(
+    logits: Float[Tensor, "b v"], sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Int[Tensor, " b"]:
+    """Draw one token a row."""
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returned a non-finite logit; its weights are damaged")
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
+        kth = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < kth, float("-inf"))
+    if sampling.top_p is not None:
+        ordered, order = scaled.softmax(-1).sort(dim=-1, descending=True)
+        surplus = ordered.cumsum(-1) - ordered >= sampling.top_p  # enough without this token
+        drop = torch.zeros_like(surplus).scatter(-1, order, surplus)
+        scaled = scaled.masked_fill(drop, float("-inf"))
+    probabilities = scaled.softmax(-1)
+    if sampling.min_p is not None:
+        floor = sampling.min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    drawn = [
+        torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)
+    ]
+    return torch.cat(drawn)
+
+
+@torch.inference_mode()
+def stream(
+    model: TitansLM,
+    source: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+    state: ModelState | None = None,
+    *,
+    piece: int = PIECE,
+    write: bool = True,
+) -> Iterator[Reading]:
+    """Read a text of any length in constant memory, `piece` tokens at a time.
+
+    source: token ids, (T,) or (B, T), as a tensor, an array (also a memory-mapped one), or an
+    iterable of such pieces. write=False only reads the memories. How the text is cut into
+    pieces does not change what is computed.
+    """
+    if piece < 1:
+        raise ValueError(f"piece must be at least 1, got {piece}")
+    device = next(model.parameters()).device
+    logits: Tensor | None = None
+    for tokens in pieces(source, piece):
+        output = model.run(tokens.to(device), state, write)
+        state = output.state
+        shape = (tokens.shape[0], 1, output.logits.shape[-1])
+        before = torch.full(shape, float("nan")) if logits is None else logits[:, None]
+        predicted = torch.cat([before.to(output.logits), output.logits[:, :-1]], 1).float()
+        nll = F.cross_entropy(predicted.transpose(1, 2), tokens.to(device), reduction="none")
+        logits = output.logits[:, -1]
+        records = [r for r in output.records if r is not None]
+        none = torch.zeros(*tokens.shape, 0, device=device)
+        yield Reading(
+            tokens,
+            nll,
+            torch.stack([r.surprise.mean(-1) for r in records], -1) if records else none,
+            torch.stack([r.learning_rate.mean(-1) for r in records], -1) if records else none,
+            logits,
+            state,
+        )
+    if state is None:
+        raise ValueError("the text is empty: expected at least one token")
+
+
+def pieces(
+    source: Tensor | np.ndarray | Iterable[Tensor | np.ndarray], piece: int
+) -> Iterator[Int[Tensor, "b t"]]:
+    """(B, T) int64 tensors of at most `piece` tokens; a memory map is read as it goes."""
+    parts = [source] if isinstance(source, Tensor | np.ndarray) else source
+    for part in parts:
+        for start in range(0, part.shape[-1], piece):
+            cut = part[..., start : start + piece]
+            tokens = cut if isinstance(cut, Tensor) else torch.from_numpy(cut.astype(np.int64))
+            yield tokens.long() if tokens.ndim == 2 else tokens.long()[None]
+
+
+def select_rows(state: ModelState, rows: list[int], batch_size: int) -> ModelState:
+    """The states of some rows of a batch; a batch of one serves any number of rows."""
+    held = next(iter(state.tensors().values())).shape[0]
+    if held == 1:
+        return state.map(lambda t: t.expand(len(rows), *t.shape[1:]))
+    if held != batch_size:
+        raise ValueError(f"the state is for a batch of {held}, expected 1 or {batch_size}")
+    return state.map(lambda t: t[rows])

@@ -1,0 +1,133 @@
+"""Named model configs: `preset("mac-tiny")`, `preset("mac-340m-paper_neurips")`.
+
+Names are `VARIANT-SIZE` for our own models (small enough for one CPU) and
+`VARIANT-SIZE-TEXT` for the paper's, where TEXT is one of its two texts: `paper_v1` (arXiv
+2501.00663v1) or `paper_neurips` (camera-ready). A number that a text does not give is marked
+"ours" below.
+"""
+
+import dataclasses
+
+from titans.config import VARIANTS, MemoryConfig, TitansConfig, unknown
+
+# layers, dim, heads. tiny and small are ours.
+OWN_SIZES = {"tiny": (2, 64, 2), "small": (4, 128, 2), "base": (8, 256, 4)}
+
+# layers, dim, heads, parameters. NeurIPS table of the appendix; its 400M has no row (dim: ours).
+PAPER_SIZES = {
+    "170m": (12, 768, 16, 170_000_000),
+    "340m": (24, 1024, 16, 340_000_000),
+    "400m": (24, 1088, 17, 400_000_000),
+    "760m": (24, 1536, 16, 760_000_000),
+    "1.3b": (18, 2048, 8, 1_300_000_000),
+}
+TEXTS = ("paper_v1", "paper_neurips")
+LLAMA_VOCABULARY = 32_000
+
+
+def preset_names() -> list[str]:
+    """Every name that `preset` knows."""
+    own = [f"{v}-{s}" for v in VARIANTS for s in OWN_SIZES]
+    paper = [f"{v}-{s}-{t}" for v in VARIANTS for s in PAPER_SIZES for t in TEXTS]
+    return own + paper
+
+
+def preset(name: str) -> TitansConfig:
+    """The config of that name; an unknown one is a ValueError with a suggestion."""
+    if name not in preset_names():
+        raise ValueError(unknown("preset", name, preset_names()))
+    variant, size, *text = name.split("-")
+    if text:
+        return paper_config(variant, size, text[0])
+    layers, dim, heads = OWN_SIZES[size]
+    return TitansConfig(
+        variant=variant,  # type: ignore[arg-type]
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        ffn_hidden=round_to(8 * dim / 3, 32),
+        window=64,
+        segment=64,
+        persistent=4,
+        memory=MemoryConfig(dim=dim, heads=heads),
+    )
+
+
+def paper_config(variant: str, size: str, text: str) -> TitansConfig:
+    """The paper's model. The feed-forward takes what is left of the nominal parameter count:
+    no text says how the hybrids, with both attention and memory, are kept at one size."""
+    layers, dim, heads, target = PAPER_SIZES[size]
+    config = TitansConfig(
+        variant=variant,  # type: ignore[arg-type]
+        vocab_size=LLAMA_VOCABULARY,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        ffn_hidden=0,
+        window=2048,  # NeurIPS; v1 gives none
+        segment=512,  # NeurIPS; v1 gives none
+        memory_token_stride=2 if text == "paper_neurips" else 1,
+        persistent=128,  # NeurIPS; v1 gives none
+        memory=paper_v1_memory(dim, heads) if text == "paper_v1" else neurips_memory(dim, heads),
+    )
+    left = target - count_parameters(config) - layers * dim  # the feed-forward's norm
+    return dataclasses.replace(config, ffn_hidden=round_to(left / (layers * 3 * dim), 64))
+
+
+def paper_v1_memory(dim: int, heads: int) -> MemoryConfig:
+    """v1: an MLP, scalar sigmoid gates, momentum, decay towards zero."""
+    return MemoryConfig(
+        dim=dim,
+        heads=heads,
+        depth=2,  # v1 writes L_M >= 1 and finds that 2 and more help
+        expansion=4,
+        activation="silu",  # ours
+        residual=False,
+        norm=False,
+        chunk_size=64,  # ours
+        gates="sigmoid",
+        tie_forgetting=False,
+        momentum=True,
+        dampen_momentum=False,
+        decay="scalar",
+        decay_target="zero",
+        learning_rate_init=0.01,  # ours
+        max_surprise=1.0,  # ours: without a bound this network diverges (docs/stability.md)
+    )
+
+
+def neurips_memory(dim: int, heads: int) -> MemoryConfig:
+    """NeurIPS: x + LN(W1 gelu(W2 x)), channel-wise forgetting, gates per layer, chunk 16."""
+    return MemoryConfig(
+        dim=dim,
+        heads=heads,
+        depth=2,
+        expansion=4,
+        activation="gelu",
+        residual=True,
+        norm=True,
+        chunk_size=16,
+        gates="sigmoid",
+        tie_forgetting=False,
+        momentum=True,
+        dampen_momentum=False,
+        decay="channel",
+        decay_rank=64,  # ours
+        decay_target="zero",
+        per_layer_gates=True,
+        learning_rate_init=0.01,  # ours
+    )
+
+
+def count_parameters(config: TitansConfig) -> int:
+    """Parameters of the model, built without memory on the meta device."""
+    import torch
+
+    from titans.models.lm import TitansLM
+
+    with torch.device("meta"):
+        return TitansLM(config).parameter_count
+
+
+def round_to(value: float, multiple: int) -> int:
+    return max(multiple, round(value / multiple) * multiple)

@@ -1,0 +1,194 @@
+"""What each step trains on, and what evaluations run on: the data of a `RunConfig`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans.data.carrier import files_text, python_text
+from titans.data.facts import DIGITS, SYLLABLES, Batch, Fact, FactBatches
+from titans.data.shards import Shards
+from titans.data.text import IGNORED, TextWindows, from_files
+from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
+from titans.train.config import DataConfig, RunConfig, Stage, expand_paths
+
+# Of every run, whatever its own seed, so that runs are compared on the same data.
+EVALUATION_SEED = 2**40
+
+Documents = Shards | Sequence[np.ndarray]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches by number. Their order is a pure function of a seed: nothing of it is saved.
+
+    `weights` say how much each label counts: the loss of a batch, or of any of its rows, is the
+    sum of weights * -log p(label).
+    """
+
+    def batch(self, step: int) -> Batch: ...
+
+
+class Split(NamedTuple):
+    """What is trained and evaluated on from step `begin` on; `valid` may be None."""
+
+    begin: int
+    train: Batches
+    valid: Batches | None
+
+
+class Data(NamedTuple):
+    """splits: one for each stage of the curriculum. in_bytes: is a token a byte?"""
+
+    splits: list[Split]
+    in_bytes: bool
+
+    def at(self, step: int) -> Split:
+        return [split for split in self.splits if split.begin <= step][-1]
+
+
+class TextBatches:
+    """Segments of text windows: batch `segments * w + s` is segment s of window w."""
+
+    def __init__(
+        self, documents: Documents, data: DataConfig, tokens_per_batch: int, seed: int
+    ) -> None:
+        rows = tokens_per_batch // data.length
+        self.windows = TextWindows(documents, data.length, rows, seed, data.segments)
+        self._number = -1
+        self._window: tuple[Tensor, Tensor] | None = None
+
+    def batch(self, step: int) -> Batch:
+        number, segment = divmod(step, self.windows.segments)
+        if self._window is None or self._number != number:
+            self._number, self._window = number, self.windows.batch(number)
+        length = self.windows.length
+        tokens, labels = (t[:, segment * length : (segment + 1) * length] for t in self._window)
+        counted = labels != IGNORED
+        weights = counted.float() / counted.sum().clamp(min=1)
+        return Batch(tokens, labels, weights, torch.zeros_like(counted))
+
+
+def open_data(config: RunConfig) -> Data:
+    """The data of a run; ValueError of one line for what is missing or does not fit."""
+    if config.train.seed >= EVALUATION_SEED:
+        raise ValueError(f"train.seed must be below {EVALUATION_SEED}, got {config.train.seed}")
+    data = open_facts(config) if config.data.task == "facts" else open_text(config)
+    if config.train.eval_every and data.splits[0].valid is None:
+        raise ValueError(
+            "data.valid_paths is empty: name held-out text, or set train.eval_every to 0"
+        )
+    return data
+
+
+def open_facts(config: RunConfig) -> Data:
+    """Facts in the bytes of `paths`. Evaluations hide others, in held-out text if there is any."""
+    check_vocabulary(config, 256)
+    paths, held_out = config.data.paths, config.data.valid_paths
+    texts = files_text(expand_paths(paths)) if paths else python_text(held_out=False)
+    if held_out:
+        valid = files_text(expand_paths(held_out))
+    else:
+        valid = texts if paths else python_text(held_out=True)
+
+    def batches(stage: Stage, texts: Sequence[np.ndarray], seed: int) -> FactBatches:
+        check_room(stage)
+        return FactBatches(
+            texts,
+            lengths=stage.lengths,
+            tokens_per_batch=config.train.tokens_per_batch,
+            facts=stage.facts,
+            text_weight=config.data.text_weight,
+            seed=seed,
+        )
+
+    splits = [
+        Split(
+            stage.begin,
+            batches(stage, texts, config.train.seed),
+            batches(stage, valid, EVALUATION_SEED),
+        )
+        for stage in config.data.curriculum()
+    ]
+    return Data(splits, in_bytes=True)
+
+
+def check_room(stage: Stage) -> None:
+    """A fact is stated and asked for: its sentence must fit twice."""
+    sentences = 2 * len(Fact("x" * 2 * SYLLABLES, "0" * DIGITS).statement)
+    shortest, fewest = min(stage.lengths), stage.facts[0]
+    if shortest + 1 < fewest * sentences:
+        raise ValueError(
+            f"a row of {shortest} tokens is too short for data.facts_min = {fewest}: "
+            f"need {fewest * sentences - 1}"
+        )
+
+
+def open_text(config: RunConfig) -> Data:
+    data, train = config.data, config.train
+    paths, valid_paths = expand_paths(data.paths), expand_paths(data.valid_paths)
+    if len(paths) == 1 and (paths[0] / "train" / "index.json").is_file():
+        valid_paths = valid_paths or [paths[0] / "valid"]
+        paths = [paths[0] / "train"]
+    documents, tokenizer = open_documents(paths, data.tokenizer)
+    check_vocabulary(config, tokenizer.vocab_size)
+    valid: Documents | None = None
+    if valid_paths:
+        valid = open_held_out(valid_paths, tokenizer)
+    elif not paths:
+        valid = with_ends(python_text(held_out=True))
+    split = Split(
+        0,
+        TextBatches(documents, data, train.tokens_per_batch, train.seed),
+        None
+        if valid is None
+        else TextBatches(valid, data, train.tokens_per_batch, EVALUATION_SEED),
+    )
+    return Data([split], in_bytes=isinstance(tokenizer, ByteTokenizer))
+
+
+def open_documents(paths: list[Path], name: str | None) -> tuple[Documents, Tokenizer]:
+    """The documents, and the tokenizer that made or makes their tokens."""
+    if len(paths) == 1 and (paths[0] / "index.json").is_file():
+        shards = Shards.open(paths[0])
+        if name is not None and load_tokenizer(name).vocab_size != shards.vocab_size:
+            raise ValueError(
+                f"{paths[0]}: was not prepared with data.tokenizer {name!r}; leave that key out"
+            )
+        return shards, shards.tokenizer()
+    tokenizer = load_tokenizer(name or "bytes")
+    if paths:
+        return from_files(paths, tokenizer), tokenizer
+    if not isinstance(tokenizer, ByteTokenizer):
+        raise ValueError("data.paths is empty: the Python sources are read as bytes alone")
+    return with_ends(python_text(held_out=False)), tokenizer
+
+
+def open_held_out(paths: list[Path], tokenizer: Tokenizer) -> Documents:
+    if len(paths) != 1 or not (paths[0] / "index.json").is_file():
+        return from_files(paths, tokenizer)
+    shards = Shards.open(paths[0])
+    if shards.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{paths[0]}: has a vocabulary of {shards.vocab_size}, the training text one of "
+            f"{tokenizer.vocab_size}"
+        )
+    return shards
+
+
+def with_ends(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Bytes -> documents of the byte tokenizer."""
+    tokenizer = ByteTokenizer()
+    dtype = token_dtype(tokenizer.vocab_size)
+    return [np.append(text.astype(dtype), dtype.type(tokenizer.end_of_document)) for text in texts]
+
+
+def check_vocabulary(config: RunConfig, tokens: int) -> None:
+    if config.model.vocab_size < tokens:
+        raise ValueError(
+            f"model.vocab_size ({config.model.vocab_size}) is too small for the data's {tokens} "
+            "tokens"
+        )

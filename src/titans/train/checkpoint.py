@@ -1,0 +1,228 @@
+"""A run's folder, and checkpoints in it that a killed run goes on from exactly.
+
+    config.toml            the RunConfig
+    metrics.jsonl          one JSON object a step
+    checkpoints/step-000123/
+        model.safetensors      for `titans.load`
+        optimizer.safetensors  moments, as `optimizer/parameter/name`
+        memory-0.safetensors   what part 0 of the batch remembers, in the middle of a document
+        training.json          step, number of memories; the last file to be written
+
+No state of a random generator is in it: after the initial weights nothing draws from one, and
+the data of a step is a function of the seed and the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from titans.config import load_toml, to_toml
+from titans.models.lm import TitansLM
+from titans.models.lm import load as load_model
+from titans.state import ModelState, digest, read_safetensors, write_safetensors
+from titans.train.config import RunConfig, first_difference
+from titans.train.optim import build_optimizers
+
+FORMAT = "titans-checkpoint"
+FORMAT_VERSION = 1
+CONFIG, MODEL, OPTIMIZER, INDEX = (
+    "config.toml",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "training.json",
+)
+
+
+@dataclass
+class Training:
+    """All that a run carries from one step to the next.
+
+    step: optimizer steps taken. memories: in the middle of a document, what each part of the
+    batch remembers of it; empty where the next step begins a new one.
+    """
+
+    model: TitansLM
+    optimizers: dict[str, Optimizer]
+    step: int = 0
+    memories: list[ModelState] = field(default_factory=list)
+
+
+def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
+    """Make the folder of a new run, or find the checkpoint to go on from; None to begin.
+
+    Raises ValueError: the folder holds something else, or a run although `resume` is False, or
+    one with another config (named is the first key that differs).
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*"))):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, to_toml(config))
+        return None
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: is not empty and not the folder of a run (no {CONFIG})")
+    if not resume:
+        raise ValueError(f"{folder}: there is a run in it already; resume it or name another")
+    difference = first_difference(load_toml(folder / CONFIG, RunConfig), config)
+    if difference is not None:
+        raise ValueError(f"{folder}: this run has another config: {difference}")
+    return latest(folder)
+
+
+def latest(run_folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, None where there is none yet.
+
+    What a killed process left half-written has a hidden name and does not count. A folder that
+    lost a file is passed over for an older whole one; without one it is a ValueError.
+    """
+    found = checkpoints(Path(run_folder))
+    for folder in reversed(found):
+        if missing_file(folder) is None:
+            return folder
+    if found:
+        raise ValueError(f"{missing_file(found[-1])}: missing, and no older checkpoint is whole")
+    return None
+
+
+def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
+    """Write a checkpoint beside the others, whole or not at all; the `keep` newest stay."""
+    folder = run_folder / "checkpoints" / f"step-{training.step:06d}"
+    folder.parent.mkdir(exist_ok=True)
+    for leftover in folder.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
+    scratch = folder.with_name(f".{folder.name}")
+    scratch.mkdir()
+    training.model.save(scratch / MODEL)
+    tensors = optimizer_tensors(training)
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "sha256": digest(tensors)}
+    write_safetensors(scratch / OPTIMIZER, tensors, metadata)
+    for number, memory in enumerate(training.memories):
+        memory.save(scratch / f"memory-{number}.safetensors")
+    index = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "step": training.step,
+        "memories": len(training.memories),
+    }
+    write_text(scratch / INDEX, json.dumps(index) + "\n")
+    if folder.exists():  # damaged, or `latest` had found it
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+    sync(folder.parent)
+    found = checkpoints(run_folder)
+    # A later step is what a run left that was resumed from before it.
+    staying = [f for f in found if step_of(f) <= training.step][-keep:]
+    for old in found:
+        if old not in staying:
+            # Under a hidden name first: a deletion cut short must not look like a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+    return folder
+
+
+def load_checkpoint(folder: Path, config: RunConfig, device: torch.device) -> Training:
+    """The training as it was; ValueError of one line naming a file that is damaged."""
+    index = read_index(folder / INDEX)
+    model = load_model(folder / MODEL, device)
+    if model.config != config.model:
+        raise ValueError(f"{folder / MODEL}: holds a model of another config")
+    training = Training(
+        model=model.train(),
+        optimizers=build_optimizers(model, config.optimizer),
+        step=index["step"],
+        memories=[
+            ModelState.load(folder / f"memory-{number}.safetensors", device)
+            for number in range(index["memories"])
+        ],
+    )
+    tensors, metadata = read_safetensors(folder / OPTIMIZER)
+    if metadata.get("sha256") != digest(tensors):
+        raise ValueError(f"{folder / OPTIMIZER}: damaged (its checksum does not match)")
+    restore_optimizers(training, tensors, folder / OPTIMIZER)
+    return training
+
+
+def optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    """Every tensor the optimizers keep, as `optimizer/parameter/name`.
+
+    Their settings are not among them: the config and the step determine those.
+    """
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    tensors = {}
+    for kind, optimizer in training.optimizers.items():
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                assert isinstance(value, Tensor), f"{kind} keeps {key}, which is no tensor"
+                tensors[f"{kind}/{names[id(parameter)]}/{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def restore_optimizers(training: Training, tensors: dict[str, Tensor], path: Path) -> None:
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    for kind, optimizer in training.optimizers.items():
+        content = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):
+            prefix = f"{kind}/{names[id(parameter)]}/"
+            found = {k.removeprefix(prefix): k for k in tensors if k.startswith(prefix)}
+            if found:
+                content["state"][number] = {key: tensors.pop(k) for key, k in found.items()}
+        optimizer.load_state_dict(content)
+    if tensors:
+        raise ValueError(f"{path}: does not fit the model ({min(tensors)})")
+
+
+def read_index(path: Path) -> dict[str, int]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        known = index["format"] == FORMAT and index["version"] == FORMAT_VERSION
+        numbers = {"step": int(index["step"]), "memories": int(index["memories"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    if not known:
+        raise ValueError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, "
+            f"got {index['format']} version {index['version']}"
+        )
+    return numbers
+
+
+def missing_file(folder: Path) -> Path | None:
+    """The first file that a checkpoint lacks."""
+    names = [INDEX, MODEL, OPTIMIZER]
+    if (folder / INDEX).is_file():
+        count = read_index(folder / INDEX)["memories"]
+        names += [f"memory-{number}.safetensors" for number in range(count)]
+    return next((folder / name for name in names if not (folder / name).is_file()), None)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints' folders by step, whole or not."""
+    folders = [f for f in (run_folder / "checkpoints").glob("step-*") if f.is_dir()]
+    return sorted((f for f in folders if re.fullmatch(r"step-\d{6,}", f.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(path)
+
+
+def sync(folder: Path) -> None:
+    """Put a rename on disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

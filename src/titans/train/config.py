@@ -1,0 +1,229 @@
+"""What a training run is: its model, its data, its schedule. One TOML file, one `RunConfig`."""
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from titans.config import TitansConfig, require_positive, to_dict
+
+
+class Stage(NamedTuple):
+    """A part of a curriculum: what is trained on from step `begin` on."""
+
+    begin: int
+    lengths: tuple[int, ...]
+    facts: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read. A path may begin with an environment variable: `$TITANS_DATA_DIR/books`."""
+
+    task: Literal["text", "facts"] = "text"
+    """text: predict the next token. facts: recall facts hidden in text, see `data.facts`."""
+    paths: tuple[str, ...] = ()
+    """Files, folders, or the one folder `titans data prepare` made (its `train` and `valid` are
+    found). Empty: the Python standard library's sources, four modules in five."""
+    valid_paths: tuple[str, ...] = ()
+    """Held-out text, likewise. Empty: the prepared folder's `valid`, or the fifth module; task
+    facts with `paths` of its own then hides new facts in the training text."""
+    tokenizer: str | None = None
+    """`bytes`, or the path of a tokenizer.json. None: that of the prepared folder, else bytes."""
+    length: int = 512
+    """Task text: tokens of one segment, which is what the graph of one step spans."""
+    segments: int = 1
+    """Task text: consecutive segments of a document, one a step. The memory is carried from one
+    to the next, the gradient is not (truncated backpropagation through time)."""
+    lengths: tuple[int, ...] = (64,)
+    """Task facts: tokens per row; every step draws one of them."""
+    facts_min: int = 1
+    """Task facts: fewest facts in a row."""
+    facts_max: int = 8
+    """Task facts: most facts in a row; a short row holds what fits."""
+    text_weight: float = 0.1
+    """Task facts: weight of the surrounding text's mean loss; that of the answers is 1."""
+    stages: tuple[int, ...] = ()
+    """Task facts, a curriculum: the steps before which the second, third ... stage begins. The
+    first stage is `lengths`, `facts_min` and `facts_max`."""
+    stage_lengths: tuple[tuple[int, ...], ...] = ()
+    """`lengths` of each of those later stages."""
+    stage_facts: tuple[tuple[int, ...], ...] = ()
+    """[facts_min, facts_max] of each of those later stages; empty keeps the first's."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "length", "segments")
+        if self.text_weight < 0:
+            raise ValueError(f"data.text_weight must not be negative, got {self.text_weight}")
+        if len(self.stage_lengths) != len(self.stages):
+            raise ValueError(
+                f"data.stage_lengths must have one list for each of the {len(self.stages)} stages, "
+                f"got {len(self.stage_lengths)}"
+            )
+        if self.stage_facts and len(self.stage_facts) != len(self.stages):
+            raise ValueError(
+                f"data.stage_facts must be empty or have one pair for each of the "
+                f"{len(self.stages)} stages, got {len(self.stage_facts)}"
+            )
+        if list(self.stages) != sorted({step for step in self.stages if step > 0}):
+            raise ValueError(f"data.stages must be rising steps above 0, got {list(self.stages)}")
+        if any(len(pair) != 2 for pair in self.stage_facts):
+            raise ValueError("data.stage_facts must be pairs of [facts_min, facts_max]")
+        for stage in self.curriculum():
+            if not stage.lengths or min(stage.lengths) < 1:
+                raise ValueError(f"data.lengths must be positive, got {list(stage.lengths)}")
+            if not 0 < stage.facts[0] <= stage.facts[1]:
+                raise ValueError(
+                    f"data: expected 0 < facts_min <= facts_max, got {list(stage.facts)}"
+                )
+        if self.task == "text" and self.stages:
+            raise ValueError("data.stages is for the task facts; text has one length")
+        if self.task == "facts" and self.segments != 1:
+            raise ValueError("data.segments is for the task text; a row of facts is read at once")
+        if self.task == "facts" and self.tokenizer not in (None, "bytes"):
+            raise ValueError(f"the task facts reads bytes, got data.tokenizer {self.tokenizer!r}")
+
+    def curriculum(self) -> tuple[Stage, ...]:
+        """The stages in order; one, beginning at step 0, where there is no curriculum."""
+        first = (self.facts_min, self.facts_max)
+        facts = [(pair[0], pair[1]) for pair in self.stage_facts] or [first] * len(self.stages)
+        later = zip(self.stages, self.stage_lengths, facts, strict=True)
+        return (Stage(0, self.lengths, first), *(Stage(*stage) for stage in later))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights move. The rate rises linearly, then falls along a cosine."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks by Muon, all else (embeddings, norms, gates, vectors,
+    M_0) by AdamW."""
+    learning_rate: float = 3e-3
+    """AdamW's highest."""
+    muon_learning_rate: float | None = None
+    """Muon's highest. Its updates are scaled to AdamW's size, so None takes `learning_rate`."""
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """AdamW's decay of the gradient's mean and mean square."""
+    weight_decay: float = 0.1
+    """Decoupled; on the matrices of the blocks alone, gates excepted."""
+    warmup: int = 100
+    """Steps until the rate is at its highest."""
+    min_ratio: float = 0.1
+    """Rate at the last step over the highest."""
+
+    def __post_init__(self) -> None:
+        rates = [self.learning_rate, self.muon_learning_rate or self.learning_rate]
+        if min(rates) <= 0:
+            raise ValueError(f"optimizer: expected learning rates above 0, got {min(rates)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two of [0, 1), got {list(self.betas)}")
+        if self.weight_decay < 0 or self.warmup < 0:
+            raise ValueError("optimizer.weight_decay and warmup must not be negative")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"optimizer.min_ratio must lie in [0, 1], got {self.min_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at once, in which precision, and what is kept."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    tokens_per_batch: int = 8192
+    """Tokens of one step: as many rows as fit, at the step's length."""
+    accumulate: int = 1
+    """Parts that a batch's rows are computed in, one after the other. It saves memory; the
+    gradient is that of the whole batch."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast. Weights, optimizer and what the memories hold stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute each block twice instead of keeping its activations."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    write_cost: float = 0.02
+    """Weight in the loss of the memories' mean learning rate: gates learn to close on noise."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out data; 0 for none."""
+    eval_batches: int = 8
+    """Batches of an evaluation (task text: windows of all their segments)."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 for the last step alone."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides `metrics.jsonl`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; auto is the first GPU, where there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves it to PyTorch. Another number rounds sums differently."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "steps", "tokens_per_batch", "accumulate", "eval_batches", "keep_checkpoints"
+        )
+        for name in ("seed", "clip", "write_cost", "eval_every", "checkpoint_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run; `load_toml(path, RunConfig)` reads one."""
+
+    model: TitansConfig = field(default_factory=TitansConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        longest = max(length for stage in self.data.curriculum() for length in stage.lengths)
+        longest = self.data.length if self.data.task == "text" else longest
+        if self.train.tokens_per_batch < longest:
+            raise ValueError(
+                f"train.tokens_per_batch ({self.train.tokens_per_batch}) must hold a row of "
+                f"{longest} tokens"
+            )
+        rows = self.train.tokens_per_batch // longest
+        if self.data.task == "text" and self.train.accumulate > rows:
+            raise ValueError(
+                f"train.accumulate ({self.train.accumulate}) must not exceed the {rows} rows of "
+                "a batch"
+            )
+
+
+def expand_paths(paths: tuple[str, ...]) -> list[Path]:
+    """Paths with `$NAME` and `~` replaced; ValueError naming a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if name not in os.environ:
+            raise ValueError(f"{match.string}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    pattern = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+    return [Path(pattern.sub(value, path)).expanduser() for path in paths]
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> str | None:
+    """`key: a in one, b in the other` for the first field that differs, None if they are equal."""
+    left, right = flatten(to_dict(one)), flatten(to_dict(other))
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            return f"{key} is {left.get(key)!r} there and {right.get(key)!r} here"
+    assert dataclasses.asdict(one) == dataclasses.asdict(other)
+    return None
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,94 @@
+"""One segment through the model, and whether all numbers that came out are finite."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.data.facts import Batch
+from titans.models.lm import TitansLM
+from titans.state import ModelState
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity turned up; the message names the step and where."""
+
+
+class Segment(NamedTuple):
+    """What a model made of a batch.
+
+    logits: (B, T, V). nll: (B, T) nats, 0 where the label is ignored. open: mean learning rate
+    of the memories, 0 for a model without one. state: what it remembers after the last token.
+    """
+
+    logits: Tensor
+    nll: Tensor
+    open: Tensor
+    state: ModelState
+
+
+def read_segment(
+    model: TitansLM, batch: Batch, memory: ModelState | None, precision: str
+) -> Segment:
+    """Read a batch, going on from `memory` or, without one, from the model's learned start."""
+    device = batch.tokens.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        logits, state, records = model.run(batch.tokens, memory)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    nll = F.cross_entropy(wide.transpose(1, 2), batch.labels, reduction="none")
+    rates = [record.learning_rate.mean() for record in records if record is not None]
+    opened = torch.stack(rates).mean() if rates else nll.new_zeros(())
+    return Segment(logits, nll, opened, state)
+
+
+def split_rows(batch: Batch, parts: int) -> list[Batch]:
+    """A batch as `parts` smaller ones; fewer if it has not so many rows."""
+    columns = [column.tensor_split(min(parts, len(column))) for column in batch]
+    return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+def check_segment(step: int, model: TitansLM, loss: Tensor, state: ModelState) -> None:
+    """NonFiniteError naming the first parameter, else the first memory, else the loss."""
+    memory = state.tensors()
+    if all_finite([loss, *memory.values()]):
+        return
+    check_parameters(step, model)
+    bad = next((name for name, t in memory.items() if not all_finite([t])), None)
+    raise NonFiniteError(
+        f"step {step}: the loss is not finite ({loss.item()})"
+        if bad is None
+        else f"step {step}: the memory {bad} is not finite"
+    )
+
+
+def check_parameters(step: int, model: TitansLM) -> None:
+    """NonFiniteError naming the first parameter, in the order of the layers."""
+    if all_finite(model.parameters()):
+        return
+    bad = next(name for name, p in model.named_parameters() if not all_finite([p]))
+    raise NonFiniteError(f"step {step}: the parameter {bad} is not finite")
+
+
+def check_gradient(step: int, model: TitansLM, norm: Tensor) -> None:
+    """NonFiniteError naming the parameter where it began: a gradient spreads from the last
+    layer to the first, so that is the last one."""
+    if all_finite([norm]):
+        return
+    pairs = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    bad = [name for name, gradient in pairs if not all_finite([gradient])]
+    where = f"of {bad[-1]}" if bad else "norm"
+    raise NonFiniteError(f"step {step}: the gradient {where} is not finite")
+
+
+def check_metrics(row: Mapping[str, int | float]) -> None:
+    bad = next((key for key, value in row.items() if not math.isfinite(value)), None)
+    if bad is not None:
+        raise NonFiniteError(f"step {row['step']}: {bad} is not finite ({row[bad]})")
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """One answer, so that a GPU is waited for once."""
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())

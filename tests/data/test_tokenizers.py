@@ -1,0 +1,149 @@
+"""Tokenizers: any text comes back, and no text can end its own document."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titans.data.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    encode_document,
+    load_tokenizer,
+    token_dtype,
+)
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    return BPETokenizer.train(["the cat sat on the mat. "] * 50, 280, path)
+
+
+@given(unicode_text)
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    np.testing.assert_array_equal(tokenizer.encode_array(text), ids)
+    assert tokenizer.decode([*ids, tokenizer.end_of_document]) == text
+
+
+def test_bytes_decode_replaces_what_is_not_utf8_and_refuses_other_ids():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(np.array([0xC3, 65], dtype=np.uint16)) == "\ufffdA"
+    with pytest.raises(ValueError, match=r"expected byte ids in 0\.\.256, got 257"):
+        tokenizer.decode([65, 257])
+
+
+def test_both_are_tokenizers(bpe):
+    assert isinstance(ByteTokenizer(), Tokenizer)
+    assert isinstance(bpe, Tokenizer)
+
+
+@given(text=unicode_text)
+def test_bpe_round_trip(bpe, text):
+    ids = bpe.encode(text)
+    assert all(0 <= i < bpe.vocab_size for i in ids)
+    assert bpe.decode(np.array([*ids, bpe.end_of_document])) == text
+
+
+def test_bpe_learns_and_comes_back_from_its_file(bpe):
+    again = load_tokenizer(bpe.name)
+    text = "the cat sat"
+    assert again.encode(text) == bpe.encode(text)
+    assert (again.vocab_size, again.end_of_document) == (bpe.vocab_size, bpe.end_of_document)
+    assert 257 < bpe.vocab_size <= 280
+    assert len(bpe.encode(text)) < len(text.encode())
+
+
+def test_a_text_cannot_spell_the_end_of_its_document(bpe):
+    ids = bpe.encode(f"a{END_OF_TEXT}b")
+    assert bpe.end_of_document not in ids
+    assert bpe.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_truncation_in_the_file_is_not_obeyed(bpe, tmp_path):
+    with open(bpe.name, encoding="utf-8") as stream:
+        fields = json.load(stream)
+    fields["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    text = "the cat sat on the mat"
+    assert BPETokenizer.from_file(path).encode(text) == bpe.encode(text)
+
+
+def test_vocabulary_with_gaps_counts_to_its_last_id(bpe, tmp_path):
+    with open(bpe.name, encoding="utf-8") as stream:
+        fields = json.load(stream)
+    model = fields["model"]
+    last = max(model["vocab"], key=model["vocab"].get)
+    model["vocab"][last] = 999
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    assert BPETokenizer.from_file(path).vocab_size == 1000
+
+
+def test_load_tokenizer_refuses_what_is_not_one(bpe, tmp_path):
+    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
+    with pytest.raises(ValueError, match=r"expected the tokenizer 'bytes' or .* got 'letters'"):
+        load_tokenizer("letters")
+    with pytest.raises(ValueError, match=r"none\.json: no such tokenizer file"):
+        BPETokenizer.from_file(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json: not a tokenizers JSON file"):
+        load_tokenizer(broken)
+    foreign = tmp_path / "foreign.json"
+    with open(bpe.name, encoding="utf-8") as stream:
+        foreign.write_text(stream.read().replace(END_OF_TEXT, "</s>"))
+    with pytest.raises(ValueError, match=r"foreign\.json: expected a token '<\|endoftext\|>'"):
+        load_tokenizer(foreign)
+
+
+def test_train_refuses_before_it_works(tmp_path):
+    with pytest.raises(ValueError, match=r"expected vocab_size >= 257 .* got 256"):
+        BPETokenizer.train(["a"], 256, tmp_path / "t.json")
+    with pytest.raises(ValueError, match="its folder does not exist"):
+        BPETokenizer.train(["a"], 300, tmp_path / "none" / "t.json")
+
+
+def test_a_missing_library_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install titans\[text\]"):
+        BPETokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_encode_document_ends_it_and_picks_the_smallest_dtype(bpe):
+    document = encode_document(ByteTokenizer(), "né")
+    assert document.dtype == np.dtype("<u2")
+    assert document.tolist() == [*"né".encode(), 256]
+    assert encode_document(bpe, "the cat").tolist() == [*bpe.encode("the cat"), bpe.end_of_document]
+    assert token_dtype(2**16) == np.dtype("<u2")
+    assert token_dtype(2**16 + 1) == np.dtype("<u4")
+
+
+def test_encode_document_refuses_ids_outside_the_vocabulary():
+    class Strange:
+        name, vocab_size, end_of_document = "strange", 10, 9
+
+        def encode(self, text):
+            return [3, 10]
+
+        def decode(self, ids):
+            return ""
+
+    with pytest.raises(ValueError, match=r"tokenizer 'strange': expected ids in 0\.\.9, got 3"):
+        encode_document(Strange(), "x")

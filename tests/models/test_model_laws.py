@@ -1,0 +1,305 @@
+"""Laws that every model obeys: one pass = any split = token by token, causality, save and load."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+import titans
+from titans import MemoryConfig, ModelState, TitansConfig, TitansLM
+from titans.config import VARIANTS
+
+VOCABULARY = 50
+TOLERANCE = 1e-11  # float64; outputs are of order 1
+
+LINEAR = MemoryConfig(heads=2)
+DEEP = MemoryConfig(
+    heads=2,
+    depth=2,
+    expansion=2,
+    norm=True,
+    residual=True,
+    chunk_size=4,
+    momentum=True,
+    decay="channel",
+    decay_rank=3,
+    decay_target="zero",
+    per_layer_gates=True,
+    gates="sigmoid",
+    dampen_momentum=False,
+)
+MEMORIES = {"linear": LINEAR, "deep": DEEP}
+CASES = [(v, m) for v in VARIANTS for m in MEMORIES if not (v == "attention" and m == "deep")]
+
+
+def build(variant: str, memory: str = "linear", **changes: object) -> TitansLM:
+    torch.manual_seed(0)
+    config = TitansConfig(
+        variant=variant,
+        vocab_size=VOCABULARY,
+        dim=16,
+        layers=2,
+        heads=2,
+        ffn_hidden=24,
+        window=7,
+        segment=6,
+        memory_token_stride=2,
+        persistent=3,
+        memory=MEMORIES[memory],
+    )
+    return TitansLM(replace(config, **changes)).double()
+
+
+def some_tokens(batch: int = 2, length: int = 29, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+
+
+def in_pieces(model: TitansLM, tokens: torch.Tensor, sizes: list[int]) -> tuple:
+    state, logits = None, []
+    for piece in tokens.split(sizes, 1):
+        out, state = model(piece, state)
+        logits.append(out)
+    return torch.cat(logits, 1), state
+
+
+def assert_equal_states(a: ModelState, b: ModelState, tolerance: float = TOLERANCE) -> None:
+    mine, yours = a.tensors(), b.tensors()
+    assert mine.keys() == yours.keys()
+    assert a.position == b.position
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, yours[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_decoding_token_by_token_equals_the_parallel_pass(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens()
+    parallel, state = model(tokens)
+    decoded, after = in_pieces(model, tokens, [1] * tokens.shape[1])
+    torch.testing.assert_close(decoded, parallel, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_equal_states(after, state)
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(cuts=st.sets(st.integers(1, 28), min_size=1, max_size=6))
+def test_any_split_equals_one_pass(variant: str, memory: str, cuts: set[int]) -> None:
+    model, tokens = build(variant, memory), some_tokens()
+    edges = [0, *sorted(cuts), 29]
+    sizes = [b - a for a, b in pairwise(edges)]
+    whole, state = model(tokens)
+    pieces, after = in_pieces(model, tokens, sizes)
+    torch.testing.assert_close(pieces, whole, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_equal_states(after, state)
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_the_future_changes_nothing_before_it(variant: str, memory: str) -> None:
+    """Also the proof that MAC does not leak its segment: positions inside one are tried."""
+    model, tokens = build(variant, memory), some_tokens()
+    logits, _ = model(tokens)
+    for position in (1, 5, 6, 8, 14, 28):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 7) % VOCABULARY
+        after, _ = model(changed)
+        before = slice(0, position)
+        torch.testing.assert_close(after[:, before], logits[:, before], rtol=0, atol=1e-13)
+        assert (after[:, position] - logits[:, position]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_the_distant_past_matters_unless_attention_is_all(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens(length=40)
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 7) % VOCABULARY
+    # Two layers of window 7 reach 12 tokens back at most.
+    difference = (model(changed)[0] - model(tokens)[0])[:, 20:].abs().max()
+    assert (difference == 0) if variant == "attention" else (difference > 1e-9)
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_a_row_does_not_depend_on_the_others(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens(batch=3)
+    together, state = model(tokens)
+    for row in range(3):
+        alone, own = model(tokens[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], rtol=TOLERANCE, atol=TOLERANCE)
+        assert_equal_states(own, state.map(lambda t, row=row: t[row : row + 1]))
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_right_padding_changes_nothing_before_it(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens()
+    padded = torch.nn.functional.pad(tokens, (0, 9))
+    torch.testing.assert_close(
+        model(padded)[0][:, :29], model(tokens)[0], rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_model_and_state_survive_a_file(variant: str, memory: str, tmp_path) -> None:
+    model, tokens = build(variant, memory), some_tokens()
+    _, state = model(tokens[:, :17])
+    model.save(tmp_path / "m.safetensors")
+    state.save(tmp_path / "s.memory")
+    again = titans.load(tmp_path / "m.safetensors")
+    back = ModelState.load(tmp_path / "s.memory")
+    with torch.no_grad():
+        assert torch.equal(again(tokens[:, 17:], back)[0], model(tokens[:, 17:], state)[0])
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_forks_go_their_own_ways(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens()
+    with torch.no_grad():
+        _, state = model(tokens[:, :10])
+        kept = state.map(torch.clone)
+        model(some_tokens(seed=5), state.fork())
+        assert_equal_states(state, kept, tolerance=0)
+        expected = model(tokens)[0][:, 10:]
+        torch.testing.assert_close(
+            model(tokens[:, 10:], state)[0], expected, rtol=TOLERANCE, atol=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_the_state_does_not_grow(variant: str, memory: str) -> None:
+    model, tokens = build(variant, memory), some_tokens(length=40)
+    with torch.no_grad():
+        sizes = {model(tokens[:, :n])[1].nbytes for n in (1, 2, 6, 7, 8, 39, 40)}
+    assert sizes == {model.init_state(2).nbytes}
+
+
+@pytest.mark.parametrize(("variant", "memory"), CASES)
+def test_gradient_checkpointing_changes_no_gradient(variant: str, memory: str) -> None:
+    """With the memory carried over two segments, where it is silently lost in other code."""
+    tokens = some_tokens()
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = build(variant, memory)
+        model.gradient_checkpointing = checkpointing
+        first, state = model(tokens[:, :15])
+        second, _ = model(tokens[:, 15:], state)
+        logits = torch.cat([first, second], 1)
+        cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return [p.grad for p in model.parameters()]
+
+    for mine, yours in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_learns(variant: str) -> None:
+    model, tokens = build(variant), some_tokens()
+    logits, _ = model(tokens)
+    cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant: str) -> None:
+    model = build(variant, layers=1, vocab_size=7, dim=4, ffn_hidden=4, persistent=1)
+    tokens = some_tokens(batch=1, length=8) % 7
+    names = [n for n, _ in model.named_parameters()]
+    # Gates at their kinks and zero initial memories have no two-sided derivative.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "initial" in name:
+                parameter.normal_(std=0.3)
+    values = tuple(p.detach().clone().requires_grad_() for p in model.parameters())
+
+    def loss(*parameters: torch.Tensor) -> torch.Tensor:
+        logits = torch.func.functional_call(
+            model, dict(zip(names, parameters, strict=True)), tokens
+        )
+        return cross_entropy(logits[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    assert torch.autograd.gradcheck(loss, values, atol=1e-6, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal"])
+def test_writing_off_leaves_the_memory_alone(variant: str) -> None:
+    model, tokens = build(variant), some_tokens()
+    with torch.no_grad():
+        _, state = model(tokens)
+        _, after = model.forward(some_tokens(seed=9), state, write=False)
+        _, written = model(some_tokens(seed=9), state)
+    for before, read, wrote in zip(state.blocks, after.blocks, written.blocks, strict=True):
+        assert torch.equal(before.memory.rule.weights[0], read.memory.rule.weights[0])
+        assert not torch.equal(before.memory.rule.weights[0], wrote.memory.rule.weights[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_keeps_the_memory_in_float32(variant: str) -> None:
+    model = build(variant).bfloat16()
+    logits, state = model(some_tokens())
+    assert logits.dtype == torch.bfloat16
+    for name, tensor in state.tensors().items():
+        if ".rule." in name:
+            assert tensor.dtype == torch.float32, name
+    reference, _ = build(variant)(some_tokens())
+    alike = torch.nn.functional.cosine_similarity(logits.double().flatten(), reference.flatten(), 0)
+    assert alike > 0.9
+
+
+def test_bad_tokens_and_states_are_refused() -> None:
+    model = build("mac")
+    tokens = some_tokens()
+    for bad, message in (
+        (tokens[:, :0], r"tokens are empty: expected B, T >= 1, got \(2, 0\)"),
+        (tokens[:0], r"tokens are empty"),
+        (tokens[0], r"tokens must be integers of shape \(B, T\)"),
+        (tokens.double(), r"tokens must be integers"),
+        (tokens + VOCABULARY, "outside the vocabulary of 50"),
+        (tokens - VOCABULARY, "token -[0-9]+ is outside the vocabulary of 50"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.check_tokens(bad)
+    _, state = model(tokens)
+    with pytest.raises(ValueError, match="the state is for a batch of 2, got tokens for 1"):
+        model(tokens[:1], state)
+    with pytest.raises(ValueError, match="this memory belongs to another model"):
+        build("mac", window=9)(tokens, state)
+
+
+def test_a_wrong_model_file_is_one_clear_line(tmp_path) -> None:
+    model = build("mal")
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="no such file"):
+        titans.load(tmp_path / "absent.safetensors")
+    _, state = model(some_tokens())
+    state.save(tmp_path / "s.memory")
+    with pytest.raises(ValueError, match="not a model file"):
+        titans.load(tmp_path / "s.memory")
+    with pytest.raises(ValueError, match="not a memory file"):
+        ModelState.load(path)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        titans.load(tmp_path / "text")
+    for cut in (10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            titans.load(path)
+    flipped = bytearray(content)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="damaged model file"):
+        titans.load(path)
+
+
+def test_models_can_be_saved_smaller(tmp_path) -> None:
+    model = build("mag").float()
+    model.save(tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    model.save(tmp_path / "whole.safetensors")
+    half, whole = (tmp_path / n for n in ("half.safetensors", "whole.safetensors"))
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    loaded = titans.load(half)
+    for mine, yours in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, yours.bfloat16().float())

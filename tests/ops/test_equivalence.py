@@ -1,0 +1,208 @@
+"""Every form of the rule computes one function: values, final state and every gradient.
+
+float64 within 1e-10 of the largest entry: the cases contract (see `cases`), so rounding of
+1e-16 a step is not amplified. float32 may err as much as the float32 reference errs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEEP, LINEAR, MLP, RESIDUAL, assert_same, build, gradients, results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titans.ops import MemoryNetwork
+
+BLOCK = 8
+LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 13, 3 * BLOCK, 3 * BLOCK + 5]
+RESIDUAL_LINEAR = MemoryNetwork(depth=1, residual=True, norm=False)
+
+
+def assert_equal_forms(case, impl, tolerance=1e-10):
+    got, got_slopes = gradients(case, impl)
+    expected, slopes = gradients(case, "reference")
+    assert_same(got, expected, tolerance)
+    assert_same(got_slopes, slopes, tolerance)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("impl", "network", "chunk_size"),
+    [("exact", LINEAR, 1), ("chunked", LINEAR, BLOCK), ("chunked", RESIDUAL, BLOCK)],
+    ids=["exact", "chunked linear", "chunked residual"],
+)
+def test_any_length(impl, network, chunk_size, length):
+    case = build(
+        network=network,
+        length=length,
+        momentum=True,
+        decay="scalar",
+        anchor=True,
+        chunk_size=chunk_size,
+        block_size=BLOCK,
+    )
+    assert_equal_forms(case, impl)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_setting_chunked(data):
+    draw = data.draw
+    network = MemoryNetwork(
+        depth=draw(st.integers(1, 4), "depth"),
+        expansion=draw(st.integers(1, 3), "expansion"),
+        activation=draw(st.sampled_from(["gelu", "silu"]), "activation"),
+        residual=draw(st.booleans(), "residual"),
+        norm=draw(st.booleans(), "norm"),
+    )
+    chunk_size = draw(st.integers(1, 6), "chunk_size")
+    case = build(
+        draw(st.integers(0, 99), "seed"),
+        network=network,
+        length=draw(st.integers(1, 13), "length"),
+        batch=draw(st.integers(1, 2), "batch"),
+        heads=draw(st.integers(1, 2), "heads"),
+        momentum=draw(st.booleans(), "momentum"),
+        decay=draw(st.sampled_from([None, "scalar", "channel"]), "decay"),
+        per_layer=draw(st.booleans(), "per_layer"),
+        anchor=draw(st.booleans(), "anchor"),
+        objective=draw(st.sampled_from(["l2", "dot"]), "objective"),
+        chunk_size=chunk_size,
+        offset=draw(st.integers(0, chunk_size - 1), "offset"),
+        max_surprise=draw(st.sampled_from([None, 0.3]), "max_surprise"),
+    )
+    assert_equal_forms(case, "chunked")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_setting_exact(data):
+    draw = data.draw
+    case = build(
+        draw(st.integers(0, 99), "seed"),
+        network=draw(st.sampled_from([LINEAR, RESIDUAL_LINEAR]), "network"),
+        length=draw(st.integers(1, 20), "length"),
+        batch=draw(st.integers(1, 2), "batch"),
+        heads=draw(st.integers(1, 2), "heads"),
+        key_dim=draw(st.integers(2, 5), "key_dim"),
+        momentum=draw(st.booleans(), "momentum"),
+        decay=draw(st.sampled_from([None, "scalar", "channel"]), "decay"),
+        anchor=draw(st.booleans(), "anchor"),
+        objective=draw(st.sampled_from(["l2", "dot"]), "objective"),
+        block_size=draw(st.integers(1, 9), "block_size"),
+    )
+    assert_equal_forms(case, "exact")
+
+
+CORNERS = [
+    {"learning_rate": 0.0},
+    {"decay": 0.0},
+    {"decay": 1.0},
+    {"momentum": 0.0},
+    {"momentum": 1.0, "learning_rate": 0.0},
+    {"momentum": 1.0, "learning_rate": 0.01},
+    {"momentum": 1.0, "decay": 1.0},
+    {"momentum": 0.0, "decay": 0.0, "learning_rate": 1.0},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@pytest.mark.parametrize("corner", CORNERS, ids=str)
+@pytest.mark.parametrize(
+    ("impl", "network", "chunk_size"),
+    [("exact", LINEAR, 1), ("chunked", RESIDUAL, 4)],
+    ids=["exact", "chunked"],
+)
+def test_gates_at_their_corners(impl, network, chunk_size, corner, decay, dtype):
+    """All tokens at a corner, then every third one: gradients are finite and equal as well."""
+    held = build(network=network, length=10, momentum=True, decay=decay, chunk_size=chunk_size)
+    for name, value in corner.items():
+        held = held.set(name, value)
+    mixed = build(network=network, length=10, momentum=True, decay=decay, chunk_size=chunk_size)
+    for name, value in corner.items():
+        gate = mixed.tokens[name]
+        for one in gate if isinstance(gate, list) else [gate]:
+            one[:, ::3] = value
+    for case in (held, mixed):
+        if dtype == torch.float64:
+            assert_equal_forms(case, impl)
+        else:
+            assert_errs_no_more_than_the_reference(case.to(dtype), impl)
+
+
+@pytest.mark.parametrize(
+    ("impl", "network", "chunk_size"),
+    [("exact", LINEAR, 1), ("chunked", LINEAR, 16), ("chunked", RESIDUAL, 16), ("chunked", DEEP, 4)],
+    ids=["exact", "linear", "residual", "deep"],
+)
+def test_float32(impl, network, chunk_size):
+    case = build(
+        network=network,
+        length=70,
+        key_dim=16,
+        momentum=True,
+        decay="scalar",
+        chunk_size=chunk_size,
+        block_size=32,
+        dtype=torch.float32,
+    )
+    assert_errs_no_more_than_the_reference(case, impl)
+
+
+def assert_errs_no_more_than_the_reference(case, impl):
+    """float32 against float64, tensor by tensor: sums in another order may err eight times as
+    much as the float32 reference does, and 16 units in the last place are always allowed."""
+    truth = merged(*gradients(case.to(torch.float64), "reference"))
+    single = merged(*gradients(case, "reference"))
+    fast = merged(*gradients(case, impl))
+    for name, wanted in truth.items():
+        scale = wanted.abs().max().clamp(min=1e-2)
+        allowed = 8 * (single[name] - wanted).abs().max() + 16 * 2**-24 * scale
+        error = (fast[name] - wanted).abs().max()
+        assert torch.isfinite(error), name
+        assert error <= allowed, f"{name}: {error:.1e}, reference {allowed / 8:.1e}"
+
+
+def merged(values, slopes):
+    return {**values, **{f"gradient of {name}": slope for name, slope in slopes.items()}}
+
+
+def test_auto_is_exact_where_it_applies_else_chunked():
+    for network, chunk_size, form in ((LINEAR, 1, "exact"), (LINEAR, 4, "chunked"), (MLP, 1, "chunked")):
+        case = build(network=network, chunk_size=chunk_size)
+        for name, tensor in results(case(form)).items():
+            assert torch.equal(tensor, results(case("auto"))[name]), name
+
+
+def check_compiled(impl, backend):
+    network, chunk_size = (LINEAR, 1) if impl == "exact" else (RESIDUAL, 4)
+    case = build(network=network, length=5, momentum=True, decay="scalar", chunk_size=chunk_size)
+    assert_same(merged(*gradients(case, impl, backend)), merged(*gradients(case, impl)), 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["exact", "chunked"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # traced forward and backward, without compiling C++ for a minute
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_equals_eager(impl, backend):
+    """In a process of its own: the shape checks of this one cannot be traced."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile's inductor needs a C++ compiler")
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", f"import test_equivalence as t; t.check_compiled({impl!r}, {backend!r})"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,123 @@
+"""Strict configs: TOML round trip, overrides, suggestions, and every preset."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from titans import MemoryConfig, TitansConfig, TitansLM, preset, preset_names
+from titans.config import build, load_toml, to_toml
+from titans.presets import PAPER_SIZES, count_parameters
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_survive_toml_and_have_their_nominal_size(name: str) -> None:
+    config = preset(name)
+    assert build(TitansConfig, tomllib.loads(to_toml(config))) == config
+    size = name.split("-")[1]
+    if size in PAPER_SIZES:
+        nominal = PAPER_SIZES[size][3]
+        assert abs(count_parameters(config) / nominal - 1) < 0.01
+
+
+def test_paper_presets_are_what_the_texts_say() -> None:
+    neurips = preset("mac-340m-paper_neurips")
+    assert (neurips.layers, neurips.dim, neurips.heads) == (24, 1024, 16)
+    assert (neurips.persistent, neurips.segment, neurips.memory_token_stride) == (128, 512, 2)
+    memory = neurips.memory
+    assert (memory.depth, memory.expansion, memory.activation) == (2, 4, "gelu")
+    assert memory.residual
+    assert memory.norm
+    assert (memory.chunk_size, memory.decay, memory.per_layer_gates) == (16, "channel", True)
+    for text in ("paper_v1", "paper_neurips"):
+        memory = preset(f"lmm-170m-{text}").memory
+        assert memory.gates == "sigmoid"
+        assert memory.momentum
+        assert memory.decay_target == "zero"
+        assert not memory.dampen_momentum
+
+
+@pytest.mark.parametrize("name", [n for n in preset_names() if n.endswith("-tiny")])
+def test_tiny_presets_run(name: str) -> None:
+    logits, _ = TitansLM(preset(name))(torch.arange(100)[None])
+    assert torch.isfinite(logits).all()
+
+
+def test_unknown_preset_suggests_a_near_one() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'mac-tny'; did you mean 'mac-tiny'"):
+        preset("mac-tny")
+
+
+def test_memory_follows_the_models_width() -> None:
+    assert TitansConfig(dim=256, memory=MemoryConfig(heads=4)).memory.dim == 256
+
+
+def test_hash_names_the_function_not_its_speed() -> None:
+    base = TitansConfig()
+    faster = dataclasses.replace(
+        base, memory=dataclasses.replace(base.memory, impl="reference", block_size=16)
+    )
+    assert faster.hash() == base.hash()
+    assert dataclasses.replace(base, window=65).hash() != base.hash()
+    slower = dataclasses.replace(base, memory=dataclasses.replace(base.memory, chunk_size=2))
+    assert slower.hash() != base.hash()
+
+
+def test_overrides_go_through_the_fields_types(tmp_path) -> None:
+    path = write(tmp_path, 'variant = "mag"\n[memory]\nmax_surprise = 2.0\n')
+    overrides = {
+        "dim": "64",
+        "memory.momentum": "true",
+        "memory.max_surprise": "none",
+        "memory.gates": "sigmoid",
+        "rope_base": "500",
+    }
+    config = load_toml(path, TitansConfig, overrides)
+    assert (config.variant, config.dim, config.rope_base) == ("mag", 64, 500.0)
+    assert config.memory.momentum
+    assert config.memory.max_surprise is None
+    assert config.memory.gates == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("dmi = 3", {}, "unknown key 'dmi'; did you mean 'dim'"),
+        ("[memory]\nheds = 2", {}, "unknown key 'memory.heds'; did you mean 'memory.heads'"),
+        ("memory = 3", {}, "memory must be a table, got 3"),
+        ('dim = "wide"', {}, "dim must be int, got 'wide'"),
+        ("dim = true", {}, "dim must be int, got True"),
+        ('variant = "mak"', {}, "unknown variant 'mak'; did you mean 'ma[cgl]'"),
+        ("heads = 3", {}, r"dim \(128\) must be an even multiple of heads \(3\)"),
+        ("layers = 0", {}, "TitansConfig.layers must be at least 1, got 0"),
+        ("memory_token_stride = 3", {}, r"segment \(64\) must be a multiple"),
+        ("[memory]\ndepth = 0", {}, "MemoryConfig.depth must be at least 1"),
+        ("[memory]\nmax_surprise = -1", {}, "max_surprise must be positive"),
+        ("[memory]\nhalf_life_min = 0", {}, "half-lives must satisfy"),
+        ("[memory]\ndecay_rank = 4", {}, "decay_rank must be at least 1 and needs decay"),
+        ("= 3", {}, "not a readable TOML file"),
+        ("", {"memry.depth": "2"}, "unknown section 'memry'; did you mean 'memory'"),
+        ("", {"memory.detph": "2"}, "unknown key 'memory.detph'; did you mean 'memory.depth'"),
+        ("", {"dim": "big"}, "dim must be int, got 'big'"),
+    ],
+)
+def test_bad_configs_are_one_clear_line(tmp_path, text, overrides, message) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_toml(write(tmp_path, text), TitansConfig, overrides)
+    assert "\n" not in str(caught.value)
+    assert "c.toml" in str(caught.value)
+
+
+def test_a_missing_config_is_one_clear_line(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load_toml(tmp_path / "absent.toml", TitansConfig)

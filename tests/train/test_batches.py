@@ -1,0 +1,158 @@
+"""The data of a run, and evaluations on what is held out."""
+
+import math
+
+import pytest
+import torch
+
+from titans.data.documents import Document
+from titans.data.shards import prepare
+from titans.data.text import IGNORED
+from titans.data.tokenizers import ByteTokenizer
+from titans.train import evaluate as evaluation
+from titans.train.batches import EVALUATION_SEED, TextBatches, open_data
+from titans.train.evaluate import evaluate, recall
+from titans.train.loop import new_training
+
+CPU = torch.device("cpu")
+
+
+def test_segments_follow_each_other_in_a_window(tiny):
+    source = open_data(tiny()).at(0).train
+    assert isinstance(source, TextBatches)
+    for number in (0, 1):
+        tokens, labels = source.windows.batch(number)
+        parts = [source.batch(3 * number + segment) for segment in range(3)]
+        assert torch.equal(torch.cat([p.tokens for p in parts], 1), tokens)
+        assert torch.equal(torch.cat([p.labels for p in parts], 1), labels)
+        assert tokens.shape == (5, 72)
+
+
+def test_weights_are_the_mean_over_what_counts(tiny, tmp_path):
+    (tmp_path / "short.txt").write_text("a short text of 30 characters.")
+    source = open_data(tiny(data={"paths": (str(tmp_path / "short.txt"),)})).at(0).train
+    for step, counted in enumerate((24, 6, 0)):
+        batch = source.batch(step)
+        assert torch.equal(batch.weights > 0, batch.labels != IGNORED)
+        assert int((batch.weights[0] > 0).sum()) == counted
+        assert batch.weights.sum().item() == pytest.approx(1.0 if counted else 0.0)
+
+
+def test_a_curriculum_changes_lengths_and_facts(tiny):
+    stages = {
+        "facts_max": 1,
+        "stages": (10, 20),
+        "stage_lengths": ((128,), (256,)),
+        "stage_facts": ((2, 2), (4, 4)),
+    }
+    data = open_data(tiny("facts", data=stages, tokens_per_batch=512))
+    for step, length, facts in [(0, 64, 1), (9, 64, 1), (10, 128, 2), (19, 128, 2), (999, 256, 4)]:
+        split = data.at(step)
+        for batches in (split.train, split.valid):
+            batch = batches.batch(step)
+            rows = 512 // length
+            assert batch.tokens.shape == (rows, length)
+            assert batch.answers.sum().item() == 4 * facts * rows
+        assert not torch.equal(split.train.batch(step).tokens, split.valid.batch(step).tokens)
+
+
+def test_a_prepared_folder_brings_its_split_and_its_tokenizer(tiny, tmp_path):
+    texts = [Document(str(i), f"text number {i} " * 20) for i in range(12)]
+    prepare(texts, ByteTokenizer(), tmp_path / "shards", valid_fraction=0.4)
+    paths = {"paths": (str(tmp_path / "shards"),), "valid_paths": ()}
+    data = open_data(tiny(data=paths, eval_every=1))
+    assert data.in_bytes
+    tokens = data.at(0).valid.batch(0).tokens
+    assert bytes(tokens[0].clamp(max=255).tolist()).count(b"t") > 2
+    only = {"paths": (str(tmp_path / "shards" / "train"),), "valid_paths": ()}
+    assert open_data(tiny(data=only)).at(0).valid is None
+    held_out = {**only, "valid_paths": (str(tmp_path / "shards" / "valid"),)}
+    again = open_data(tiny(data=held_out)).at(0)
+    assert torch.equal(again.valid.batch(0).tokens, tokens)
+
+
+def test_the_python_sources_are_there_without_paths(tiny):
+    for task in ("text", "facts"):
+        split = open_data(tiny(task, data={"paths": (), "valid_paths": ()}, eval_every=1)).at(0)
+        assert not torch.equal(split.train.batch(0).tokens, split.valid.batch(0).tokens)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("text", {"data": {"valid_paths": ()}, "eval_every": 1}, "valid_paths is empty: name held"),
+        ("text", {"model": {"vocab_size": 200}}, r"model.vocab_size \(200\) is too small .* 257"),
+        ("facts", {"model": {"vocab_size": 200}}, "too small for the data's 256 tokens"),
+        ("facts", {"data": {"lengths": (50,)}}, "a row of 50 tokens is too short for data.facts_m"),
+        ("text", {"seed": EVALUATION_SEED}, "train.seed must be below"),
+        ("text", {"data": {"paths": ("$NO_SUCH_NAME/x",)}}, "variable NO_SUCH_NAME is not set"),
+        ("text", {"data": {"tokenizer": "no.json"}}, "no.json"),
+    ],
+)
+def test_mistakes_are_named(tiny, task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(tiny(task, **changes))
+
+
+def test_a_foreign_tokenizer_is_refused(tiny, tmp_path):
+    from titans.data.tokenizers import BPETokenizer
+
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train(["many words, many tokens"] * 9, 300, path)
+    texts = [Document("a", "some text to prepare"), Document("b", "and some more of it")]
+    prepare(texts, ByteTokenizer(), tmp_path / "shards")
+    shards = {"paths": (str(tmp_path / "shards"),), "tokenizer": str(path)}
+    with pytest.raises(ValueError, match="was not prepared with data.tokenizer"):
+        open_data(tiny(data=shards))
+    mixed = {"valid_paths": (str(tmp_path / "shards"),), "tokenizer": str(path)}
+    with pytest.raises(ValueError, match="has a vocabulary of 257, the training text one of"):
+        open_data(tiny(data=mixed, model={"vocab_size": 400}))
+    python = {"paths": (), "tokenizer": str(path)}
+    with pytest.raises(ValueError, match="the Python sources are read as bytes alone"):
+        open_data(tiny(data=python))
+
+
+def test_a_model_without_an_opinion_has_the_entropy_of_its_vocabulary(tiny):
+    config = tiny()
+    model = new_training(config, CPU).model
+    torch.nn.init.zeros_(model.embedding.weight)
+    valid = open_data(config).at(0).valid
+    metrics = evaluate(model, valid, config, in_bytes=True)
+    assert metrics["valid_loss"] == pytest.approx(math.log(257), rel=1e-6)
+    assert metrics["valid_bits_per_byte"] == pytest.approx(math.log2(257), rel=1e-6)
+    metrics = evaluate(model, valid, config, in_bytes=False)
+    assert metrics["valid_perplexity"] == pytest.approx(257, rel=1e-5)
+
+
+def test_an_evaluation_reads_whole_windows(tiny):
+    config = tiny(variant="mac", eval_batches=1)
+    model = new_training(config, CPU).model
+    valid = open_data(config).at(0).valid
+    tokens, labels = valid.windows.batch(0)
+    with torch.no_grad():
+        logits = model(tokens)[0]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    metrics = evaluate(model, valid, config, in_bytes=True)
+    assert metrics["valid_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_recall_counts_digits_and_whole_answers():
+    correct = torch.tensor([True, True, True, True, True, True, False, True])
+    assert recall(correct) == {"valid_digit_recall": 7 / 8, "valid_answer_recall": 1 / 2}
+
+
+def test_a_model_that_knows_recalls_all(tiny, monkeypatch):
+    config = tiny("facts")
+    model = new_training(config, CPU).model
+    valid = open_data(config).at(0).valid
+    assert evaluate(model, valid, config, in_bytes=True)["valid_answer_recall"] < 0.1
+    original = evaluation.read_segment
+
+    def oracle(model, batch, memory, precision):
+        segment = original(model, batch, memory, precision)
+        return segment._replace(logits=torch.nn.functional.one_hot(batch.labels, 257).float())
+
+    monkeypatch.setattr(evaluation, "read_segment", oracle)
+    metrics = evaluate(model, valid, config, in_bytes=True)
+    assert metrics["valid_digit_recall"] == metrics["valid_answer_recall"] == 1.0

@@ -1,0 +1,330 @@
+"""The loop: exact across kills, the same however a step is computed, and stopping in good order."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import titans
+from titans.config import to_toml
+from titans.train import loop
+from titans.train.batches import open_data
+from titans.train.checkpoint import latest
+from titans.train.loop import new_training, take_step, train
+from titans.train.metrics import MetricsFile, read_metrics
+from titans.train.objective import NonFiniteError
+from titans.train.signals import stop_request
+
+# argv: config, folder, the step whose row is the last thing the process does.
+TRAIN_AND_DIE = """
+import os, signal, sys
+from titans.config import load_toml
+from titans.train.config import RunConfig
+from titans.train.loop import train
+from titans.train.metrics import MetricsFile
+
+write = MetricsFile.write
+
+def write_and_die(self, row):
+    write(self, row)
+    if row["step"] == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsFile.write = write_and_die
+train(load_toml(sys.argv[1], RunConfig), sys.argv[2], progress=False)
+"""
+
+
+def trace(folder):
+    """The rows of a run without what the clock decides."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def weights(folder):
+    return dict(titans.load(latest(folder) / "model.safetensors").named_parameters())
+
+
+def kill_after(step, config, folder):
+    """A process that trains until it has written the row of `step`, then SIGKILL."""
+    toml = folder.with_suffix(".toml")
+    toml.write_text(to_toml(config))
+    command = [sys.executable, "-c", TRAIN_AND_DIE, str(toml), str(folder), str(step)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+# PyTorch's remark, in bf16, that a norm with float32 weights is not a fused one.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("task", "variant", "settings"),
+    [
+        ("text", "mac", {"accumulate": 2}),
+        ("text", "mag", {"precision": "bf16"}),
+        ("facts", "lmm", {"gradient_checkpointing": True}),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tiny, tmp_path, task, variant, settings, name):
+    """Killed at step 6, resumed from step 4: for text, in the middle of a document."""
+    facts = {"lengths": (64, 70), "stages": (5,), "stage_lengths": ((90,),)}
+    config = tiny(
+        task,
+        variant,
+        data=facts if task == "facts" else {},
+        optimizer={"name": name},
+        eval_every=5,
+        **settings,
+    )
+    whole = train(config, tmp_path / "whole", progress=False)
+    killed = tmp_path / "killed"
+    kill_after(6, config, killed)
+    assert [row["step"] for row in trace(killed)] == [1, 2, 3, 4, 5, 6]
+    assert latest(killed).name == "step-000004"
+    assert len(list(latest(killed).glob("memory-*"))) == (
+        0 if task == "facts" else config.train.accumulate
+    )
+    resumed = train(config, killed, progress=False)
+    assert trace(killed) == trace(tmp_path / "whole")
+    assert [row["step"] for row in trace(killed)] == list(range(1, 9))
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+    one, other = weights(killed), weights(tmp_path / "whole")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tiny, tmp_path):
+    config = tiny("facts", steps=3)
+    train(config, tmp_path / "whole", progress=False)
+    kill_after(2, config, tmp_path / "killed")
+    assert latest(tmp_path / "killed") is None
+    train(config, tmp_path / "killed", progress=False)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):
+    config = tiny(steps=3)
+    first = train(config, tmp_path, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in latest(tmp_path).iterdir()}
+    again = train(config, tmp_path, progress=False)
+    assert again.finished
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in latest(tmp_path).iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_a_resumed_run_goes_on(tiny, tmp_path, monkeypatch, capfd, name):
+    config = tiny(steps=5, checkpoint_every=0)
+    train(config, tmp_path / "whole", progress=False)
+    write, before = MetricsFile.write, signal.getsignal(name)
+
+    def write_and_signal(self, row):
+        write(self, row)
+        if row["step"] == 2:
+            signal.raise_signal(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", write_and_signal)
+        stopped = train(config, tmp_path / "stopped", progress=False)
+    assert signal.getsignal(name) == before
+    assert (stopped.step, stopped.finished) == (2, False)
+    assert stopped.checkpoint.name == "step-000002"
+    message = capfd.readouterr().err
+    assert "stopped after step 2; train with the same config and folder to go on" in message
+    assert train(config, tmp_path / "stopped", progress=False).finished
+    assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
+
+
+def test_a_second_signal_acts_at_once():
+    with stop_request() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.made
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def gradients(config, steps=2):
+    """Rows, and the gradient of the last of some steps, in float64."""
+    data = open_data(config)
+    training = new_training(config, torch.device("cpu"))
+    training.model.double().gradient_checkpointing = config.train.gradient_checkpointing
+    rows = [take_step(training, data.at(s).train.batch(s), config) for s in range(steps)]
+    return rows, {name: p.grad for name, p in training.model.named_parameters()}
+
+
+@pytest.mark.parametrize("task", ["text", "facts"])
+def test_accumulation_equals_a_big_batch(tiny, task):
+    """Parts of unequal size too: 5 rows in 3 parts. Rounding in float64, over two steps."""
+    tokens = 5 * 24 if task == "text" else 5 * 64
+    rows, expected = gradients(tiny(task, tokens_per_batch=tokens))
+    parts, got = gradients(tiny(task, tokens_per_batch=tokens, accumulate=3))
+    for one, other in zip(rows, parts, strict=True):
+        assert other == pytest.approx(one, rel=1e-10)
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert got[name] is None
+        else:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "attention"])
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, variant):
+    """Three steps: a memory is carried into the second and the third."""
+    rows = [
+        train(config, tmp_path / str(on), progress=False) and trace(tmp_path / str(on))
+        for on in (False, True)
+        for config in [tiny(variant=variant, steps=3, gradient_checkpointing=on)]
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_memory_is_carried_within_a_document_and_not_beyond(tiny):
+    """The losses of a step are those of its segment read after the ones before it."""
+    config = tiny(optimizer={"learning_rate": 1e-30})  # the weights stay where they are
+    data = open_data(config)
+    training = new_training(config, torch.device("cpu"))
+    model = training.model
+    with torch.no_grad():
+        for p in model.parameters():  # a fresh model's memory says little
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    for step in range(6):
+        batch = data.at(step).train.batch(step)
+        row = take_step(training, batch, config)
+        window = [data.at(0).train.batch(s).tokens for s in range(step - step % 3, step + 1)]
+        with torch.no_grad():
+            logits = model(torch.cat(window, 1))[0][:, -24:]
+            alone = model(batch.tokens)[0]
+        losses = [
+            torch.nn.functional.cross_entropy(x.flatten(0, 1), batch.labels.flatten()).item()
+            for x in (logits, alone)
+        ]
+        assert row["loss"] == pytest.approx(losses[0], rel=1e-5)
+        assert (losses[0] == losses[1]) == (step % 3 == 0)
+        assert bool(training.memories) == (step % 3 != 2)
+
+
+def test_the_cost_of_writing_closes_the_gates(tiny, tmp_path):
+    opened = {
+        cost: train(tiny(write_cost=cost), tmp_path / str(cost), progress=False).metrics["open"]
+        for cost in (0.0, 100.0)
+    }
+    assert opened[100.0] < 0.9 * opened[0.0]
+
+
+def test_a_model_learns(tiny, tmp_path):
+    config = tiny(steps=40, eval_every=40, optimizer={"learning_rate": 1e-2})
+    train(config, tmp_path, progress=False)
+    rows = trace(tmp_path)
+    assert rows[0]["loss"] == pytest.approx(5.5, abs=0.1)  # log 257
+    assert rows[-1]["valid_bits_per_byte"] < 4.5  # the letters' frequencies alone: about 3.8
+
+
+def poison_parameter(monkeypatch, step, name):
+    """Put a NaN into a parameter after the update of `step`."""
+    original = loop.take_step
+
+    def poisoned(training, batch, config):
+        row = original(training, batch, config)
+        if training.step == step:
+            with torch.no_grad():
+                training.model.get_parameter(name).view(-1)[3] = float("nan")
+        return row
+
+    monkeypatch.setattr(loop, "take_step", poisoned)
+
+
+def test_a_nan_names_step_and_layer_and_leaves_the_last_good_checkpoint(
+    tiny, tmp_path, monkeypatch
+):
+    name = "blocks.1.mixer.memory.qkv.weight"
+    poison_parameter(monkeypatch, 5, name)
+    with pytest.raises(NonFiniteError, match=f"^step 6: the parameter {name} is not finite$"):
+        train(tiny(variant="mac", checkpoint_every=2), tmp_path, progress=False)
+    assert latest(tmp_path).name == "step-000004"
+    assert all(p.isfinite().all() for p in weights(tmp_path).values())
+    assert [row["step"] for row in trace(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_nan_is_never_saved(tiny, tmp_path, monkeypatch):
+    poison_parameter(monkeypatch, 4, "norm.weight")
+    with pytest.raises(NonFiniteError, match="step 4: the parameter norm.weight is not finite"):
+        train(tiny(checkpoint_every=2), tmp_path, progress=False)
+    assert latest(tmp_path).name == "step-000002"
+
+
+def test_a_nan_in_a_gradient_names_where_it_began(tiny, tmp_path, monkeypatch):
+    def with_hook(config, device):
+        training = new_training(config, device)
+        weight = training.model.get_parameter("blocks.0.ffn.down.weight")
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        return training
+
+    monkeypatch.setattr(loop, "new_training", with_hook)
+    with pytest.raises(NonFiniteError, match=r"^step 1: the gradient of blocks.0.ffn.down.weight"):
+        train(tiny(), tmp_path, progress=False)
+
+
+def test_a_nan_in_a_memory_names_the_block(tiny, tmp_path, monkeypatch):
+    original = loop.read_segment
+
+    def poisoned(*arguments):
+        segment = original(*arguments)
+        last = segment.state.blocks[1]
+        broken = last.map(lambda t: t * float("nan"))
+        blocks = (segment.state.blocks[0], broken)
+        state = type(segment.state)(
+            blocks=blocks, position=segment.state.position, config_hash=segment.state.config_hash
+        )
+        return segment._replace(state=state)
+
+    monkeypatch.setattr(loop, "read_segment", poisoned)
+    with pytest.raises(NonFiniteError, match=r"^step 1: the memory blocks\.1\..* is not finite$"):
+        train(tiny(), tmp_path, progress=False)
+    assert latest(tmp_path) is None
+
+
+def test_an_exploding_loss_is_refused(tiny, tmp_path, monkeypatch):
+    original = loop.read_segment
+
+    def exploded(*arguments):
+        segment = original(*arguments)
+        return segment._replace(nll=segment.nll * float("inf"))
+
+    monkeypatch.setattr(loop, "read_segment", exploded)
+    with pytest.raises(NonFiniteError, match=r"^step 1: the loss is not finite \(inf\)$"):
+        train(tiny(), tmp_path, progress=False)
+
+
+def test_mistakes_leave_no_folder(tiny, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="'gpu7' cannot be used"):
+        train(tiny(device="gpu7"), folder, progress=False)
+    with pytest.raises(ValueError, match=r"no\.txt: no such file"):
+        train(tiny(data={"paths": ("no.txt",)}), folder, progress=False)
+    assert not folder.exists()
+
+
+def test_a_folder_with_a_run_needs_resume(tiny, tmp_path):
+    train(tiny(steps=2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="there is a run in it already"):
+        train(tiny(steps=2), tmp_path, resume=False, progress=False)
+    with pytest.raises(ValueError, match="train.steps is 2 there and 3 here"):
+        train(tiny(steps=3), tmp_path, progress=False)
+
+
+def test_threads_are_given_back(tiny, tmp_path):
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="no such file"):
+        train(tiny(threads=before + 1, data={"paths": ("no.txt",)}), tmp_path / "run")
+    assert torch.get_num_threads() == before
+
+
+def test_progress_goes_to_stderr(tiny, tmp_path, capfd):
+    train(tiny(steps=2), tmp_path)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "2/2 loss 5." in captured.err
+    assert "tokens/s" in captured.err

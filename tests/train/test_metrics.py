@@ -1,0 +1,49 @@
+"""What a run reports."""
+
+import sys
+
+import pytest
+
+from titans.train.loop import train
+from titans.train.metrics import MetricsFile, read_metrics
+
+
+def test_rows_after_the_step_and_a_cut_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    file = MetricsFile(tmp_path, step=1)
+    assert file.last == {"step": 1, "loss": 5.0}
+    file.write({"step": 2, "loss": 4.5})
+    file.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5}]
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(ValueError, match="metrics.jsonl: cannot be read"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: damaged"):
+        read_metrics(path)
+
+
+def test_a_missing_logger_names_the_extra(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install titans\[log\]"):
+        train(tiny(log=("wandb",)), tmp_path / "one", progress=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install titans\[log\]"):
+        train(tiny(log=("tensorboard",)), tmp_path / "two", progress=False)
+
+
+def test_tensorboard_gets_every_step(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(steps=3, log=("tensorboard",)), tmp_path, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
