@@ -15,7 +15,7 @@ CASES = {
     "chunked linear": ("chunked", {"network": LINEAR, "decay": "channel", "chunk_size": 2}),
     "chunked residual": (
         "chunked",
-        {"network": RESIDUAL, "decay": "scalar", "chunk_size": 3, "offset": 2, "anchor": True},
+        {"network": RESIDUAL, "decay": "scalar", "chunk_size": 2, "offset": 1, "anchor": True},
     ),
     "chunked bounded": (
         "chunked",
@@ -31,7 +31,7 @@ CASES = {
 
 @pytest.mark.parametrize(("impl", "options"), CASES.values(), ids=CASES.keys())
 def test_gradcheck(impl, options):
-    case = build(length=4, batch=1, heads=1, key_dim=3, block_size=3, momentum=True, **options)
+    case = build(length=3, batch=1, heads=1, key_dim=3, block_size=2, momentum=True, **options)
     case, leaves = case.with_gradients()
 
     def function(*inputs):

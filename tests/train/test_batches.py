@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from titans.data.documents import Document
+from titans.data.facts import STATEMENT_SIZE
 from titans.data.shards import prepare
 from titans.data.text import IGNORED
 from titans.data.tokenizers import ByteTokenizer
@@ -15,6 +16,7 @@ from titans.train.evaluate import evaluate, recall
 from titans.train.loop import new_training
 
 CPU = torch.device("cpu")
+TOO_SHORT = 2 * STATEMENT_SIZE - 2
 
 
 def test_segments_follow_each_other_in_a_window(tiny):
@@ -77,13 +79,18 @@ def test_the_python_sources_are_there_without_paths(tiny):
         assert not torch.equal(split.train.batch(0).tokens, split.valid.batch(0).tokens)
 
 
+def test_the_shortest_row_holds_its_facts(tiny):
+    config = tiny("facts", data={"lengths": (TOO_SHORT + 1,)}, tokens_per_batch=200)
+    assert open_data(config).at(0).train.batch(0).answers.sum(1).eq(4).all()
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
         ("text", {"data": {"valid_paths": ()}, "eval_every": 1}, "valid_paths is empty: name held"),
         ("text", {"model": {"vocab_size": 200}}, r"model.vocab_size \(200\) is too small .* 257"),
         ("facts", {"model": {"vocab_size": 200}}, "too small for the data's 256 tokens"),
-        ("facts", {"data": {"lengths": (50,)}}, "a row of 50 tokens is too short for data.facts_m"),
+        ("facts", {"data": {"lengths": (TOO_SHORT,)}}, f"a row of {TOO_SHORT} tokens is too short"),
         ("text", {"seed": EVALUATION_SEED}, "train.seed must be below"),
         ("text", {"data": {"paths": ("$NO_SUCH_NAME/x",)}}, "variable NO_SUCH_NAME is not set"),
         ("text", {"data": {"tokenizer": "no.json"}}, "no.json"),
@@ -103,7 +110,7 @@ def test_a_foreign_tokenizer_is_refused(tiny, tmp_path):
     texts = [Document("a", "some text to prepare"), Document("b", "and some more of it")]
     prepare(texts, ByteTokenizer(), tmp_path / "shards")
     shards = {"paths": (str(tmp_path / "shards"),), "tokenizer": str(path)}
-    with pytest.raises(ValueError, match="was not prepared with data.tokenizer"):
+    with pytest.raises(ValueError, match=r"was not prepared with data\.tokenizer"):
         open_data(tiny(data=shards))
     mixed = {"valid_paths": (str(tmp_path / "shards"),), "tokenizer": str(path)}
     with pytest.raises(ValueError, match="has a vocabulary of 257, the training text one of"):

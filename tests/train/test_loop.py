@@ -250,7 +250,7 @@ def test_a_nan_names_step_and_layer_and_leaves_the_last_good_checkpoint(
 
 def test_a_nan_is_never_saved(tiny, tmp_path, monkeypatch):
     poison_parameter(monkeypatch, 4, "norm.weight")
-    with pytest.raises(NonFiniteError, match="step 4: the parameter norm.weight is not finite"):
+    with pytest.raises(NonFiniteError, match=r"step 4: the parameter norm\.weight is not finite"):
         train(tiny(checkpoint_every=2), tmp_path, progress=False)
     assert latest(tmp_path).name == "step-000002"
 
@@ -311,7 +311,7 @@ def test_a_folder_with_a_run_needs_resume(tiny, tmp_path):
     train(tiny(steps=2), tmp_path, progress=False)
     with pytest.raises(ValueError, match="there is a run in it already"):
         train(tiny(steps=2), tmp_path, resume=False, progress=False)
-    with pytest.raises(ValueError, match="train.steps is 2 there and 3 here"):
+    with pytest.raises(ValueError, match=r"train\.steps is 2 there and 3 here"):
         train(tiny(steps=3), tmp_path, progress=False)
 
 

@@ -21,7 +21,7 @@ def test_rows_after_the_step_and_a_cut_line_are_dropped(tmp_path):
 
 def test_damage_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(ValueError, match="metrics.jsonl: cannot be read"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be read"):
         read_metrics(path)
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: damaged"):

@@ -1,5 +1,7 @@
 """Which parameter goes where, and how fast."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -97,7 +99,7 @@ def test_schedule_warms_up_and_falls_to_its_floor():
     factors = [schedule(step, 20, config) for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[4:]))
     assert factors[-1] == pytest.approx(0.1)
     halfway = schedule(4 + 8, 4 + 17, config)
     assert halfway == pytest.approx(0.55)

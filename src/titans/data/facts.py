@@ -1,4 +1,4 @@
-"""Facts hidden in real text: `The code of baku is 4821.`, asked for later.
+"""Facts hidden in real text, `[baku: 4821]`, asked for later.
 
 Recall is scored by all digits of the answer, so knowing which values occurred is not enough:
 each must be bound to its name. Names and values of the tests never occur in training.
@@ -30,12 +30,12 @@ class Fact(NamedTuple):
 
     @property
     def statement(self) -> bytes:
-        return f" The code of {self.name} is {self.value}. ".encode()
+        return f" [{self.name}: {self.value}] ".encode()
 
     @property
     def question(self) -> bytes:
         """What the model reads before it answers with the digits."""
-        return f" The code of {self.name} is ".encode()
+        return f" [{self.name}: ".encode()
 
 
 STATEMENT_SIZE = len(Fact("x" * 2 * SYLLABLES, "0" * DIGITS).statement)

@@ -1,6 +1,7 @@
 """Causal depthwise convolution with an explicit tail, so that a stream may be cut anywhere."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ class CausalConv(nn.Module):
         """
         length, channels = x.shape[1], x.shape[2]
         padded = torch.cat([tail.to(x.dtype), x], 1)
-        kernel, bias = self.weight[:, :channels], self.bias[:channels]
-        y = bias + sum(padded[:, j : j + length] * w for j, w in enumerate(kernel))
-        return y.to(x.dtype), padded[:, length:]
+        kernel = self.weight[:, :channels].T[:, None].to(x.dtype)
+        bias = self.bias[:channels].to(x.dtype)
+        y = F.conv1d(padded.transpose(1, 2), kernel, bias, groups=channels)
+        return y.transpose(1, 2), padded[:, length:]

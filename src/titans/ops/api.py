@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titans.ops.chunked import neural_memory_chunked
 from titans.ops.exact import neural_memory_exact
-from titans.ops.networks import MemoryNetwork, Objective
+from titans.ops.networks import OBJECTIVES, MemoryNetwork, Objective
 from titans.ops.reference import neural_memory_reference
 from titans.ops.rule import Gates, MemoryOutput, RuleState
 
@@ -66,7 +66,8 @@ def neural_memory(
     Raises:
         ValueError: shapes, dtypes or settings that do not fit, naming what was expected.
     """
-    check_inputs(queries, keys, values, network, chunk_size, block_size)
+    check_settings(chunk_size, block_size, objective, max_surprise)
+    check_inputs(queries, keys, values, network)
     check_state(state, keys, values, network, momentum is not None, chunk_size)
     check_anchor(anchor, state)
     form = resolve_implementation(impl, network, chunk_size, max_surprise)
@@ -151,13 +152,23 @@ def resolve_implementation(
     return impl
 
 
+def check_settings(
+    chunk_size: int, block_size: int, objective: str, max_surprise: float | None
+) -> None:
+    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if max_surprise is not None and not max_surprise > 0:
+        raise ValueError(f"max_surprise must be positive, got {max_surprise}")
+
+
 def check_inputs(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     network: MemoryNetwork,
-    chunk_size: int,
-    block_size: int,
 ) -> None:
     for name, x in (("queries", queries), ("keys", keys), ("values", values)):
         if x.ndim != 4:
@@ -181,9 +192,6 @@ def check_inputs(
             "a residual memory needs keys and values of one size, got "
             f"{keys.shape[3]} and {values.shape[3]}"
         )
-    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_state(

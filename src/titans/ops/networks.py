@@ -14,7 +14,7 @@ inside the memory: it learns under `inference_mode` as well.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from torch import Tensor
 
 Activation = Literal["gelu", "silu"]
 Objective = Literal["l2", "dot"]
+ACTIVATIONS = get_args(Activation)
+OBJECTIVES = get_args(Objective)
 
 LAYER_NORM_EPS = 1e-5
 
@@ -42,6 +44,15 @@ class MemoryNetwork:
     activation: Activation = "gelu"
     residual: bool = True
     norm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
 
     def shapes(self, key_dim: int, value_dim: int) -> list[tuple[int, int]]:
         """(in, out) of every weight matrix."""

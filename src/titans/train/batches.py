@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titans.data.carrier import files_text, python_text
-from titans.data.facts import DIGITS, SYLLABLES, Batch, Fact, FactBatches
+from titans.data.facts import STATEMENT_SIZE, Batch, FactBatches
 from titans.data.shards import Shards
 from titans.data.text import IGNORED, TextWindows, from_files
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
@@ -117,13 +117,12 @@ def open_facts(config: RunConfig) -> Data:
 
 
 def check_room(stage: Stage) -> None:
-    """A fact is stated and asked for: its sentence must fit twice."""
-    sentences = 2 * len(Fact("x" * 2 * SYLLABLES, "0" * DIGITS).statement)
+    """A fact is stated and asked for: its statement must fit twice."""
     shortest, fewest = min(stage.lengths), stage.facts[0]
-    if shortest + 1 < fewest * sentences:
+    needed = 2 * fewest * STATEMENT_SIZE - 1  # a row has one byte more than tokens
+    if shortest < needed:
         raise ValueError(
-            f"a row of {shortest} tokens is too short for data.facts_min = {fewest}: "
-            f"need {fewest * sentences - 1}"
+            f"a row of {shortest} tokens is too short for data.facts_min = {fewest}: need {needed}"
         )
 
 

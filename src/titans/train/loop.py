@@ -166,8 +166,11 @@ def take_step(training: Training, batch: Batch, config: RunConfig) -> dict[str, 
 
 
 def carry(state: ModelState) -> ModelState:
-    """A memory for the next step: without its graph, and laid out in memory as one that was
-    saved and loaded, since a matrix product may round by the layout of its operands."""
+    """A memory for the next step, without its graph.
+
+    Copied: a view would keep all of the segment alive, and a matrix product may round by the
+    layout of its operands, which must be that of a memory saved and loaded.
+    """
     return state.map(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
 
