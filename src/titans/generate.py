@@ -199,7 +199,6 @@ def sample(
     return torch.cat(drawn)
 
 
-@torch.inference_mode()
 def stream(
     model: TitansLM,
     source: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
@@ -219,25 +218,36 @@ def stream(
     device = next(model.parameters()).device
     logits: Tensor | None = None
     for tokens in pieces(source, piece):
-        output = model.run(tokens.to(device), state, write)
-        state = output.state
-        shape = (tokens.shape[0], 1, output.logits.shape[-1])
-        before = torch.full(shape, float("nan")) if logits is None else logits[:, None]
-        predicted = torch.cat([before.to(output.logits), output.logits[:, :-1]], 1).float()
-        nll = F.cross_entropy(predicted.transpose(1, 2), tokens.to(device), reduction="none")
-        logits = output.logits[:, -1]
-        records = [r for r in output.records if r is not None]
-        none = torch.zeros(*tokens.shape, 0, device=device)
-        yield Reading(
-            tokens,
-            nll,
-            torch.stack([r.surprise.mean(-1) for r in records], -1) if records else none,
-            torch.stack([r.learning_rate.mean(-1) for r in records], -1) if records else none,
-            logits,
-            state,
-        )
+        reading = read_piece(model, tokens.to(device), state, logits, write)
+        state, logits = reading.state, reading.logits
+        yield reading
     if state is None:
         raise ValueError("the text is empty: expected at least one token")
+
+
+@torch.inference_mode()
+def read_piece(
+    model: TitansLM,
+    tokens: Int[Tensor, "b t"],
+    state: ModelState | None,
+    logits: Float[Tensor, "b v"] | None,
+    write: bool,
+) -> Reading:
+    """Read some tokens; `logits` are what was predicted for the first of them."""
+    output = model.run(tokens, state, write)
+    first = output.logits[:, :1] * float("nan") if logits is None else logits[:, None]
+    predicted = torch.cat([first, output.logits[:, :-1]], 1).float()
+    nll = F.cross_entropy(predicted.transpose(1, 2), tokens, reduction="none")
+    records = [r for r in output.records if r is not None]
+    none = tokens.new_zeros(*tokens.shape, 0, dtype=torch.float32)
+    return Reading(
+        tokens,
+        nll,
+        torch.stack([r.surprise.mean(-1) for r in records], -1) if records else none,
+        torch.stack([r.learning_rate.mean(-1) for r in records], -1) if records else none,
+        output.logits[:, -1],
+        output.state,
+    )
 
 
 def pieces(

@@ -104,11 +104,11 @@ def test_only_whole_answers_count() -> None:
             logits = torch.zeros(*tokens.shape, 257)
             for offset, digit in enumerate(b"4821"):
                 logits[:, tokens.shape[1] - DIGITS + offset, digit] = 1.0
-            return logits, state
+            return logits, self.init_state(tokens.shape[0])
 
     model = Says4821(preset("lmm-tiny"))
     facts = [[Fact("baku", "4821"), Fact("tino", "4822")], [Fact("rome", "4821")] * 2]
-    assert ask(model, None, facts).tolist() == [[True, False], [True, True]]
+    assert ask(model, model.init_state(2), facts).tolist() == [[True, False], [True, True]]
 
 
 def test_asking_changes_nothing() -> None:

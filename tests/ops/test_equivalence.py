@@ -138,7 +138,12 @@ def test_gates_at_their_corners(impl, network, chunk_size, corner, decay, dtype)
 
 @pytest.mark.parametrize(
     ("impl", "network", "chunk_size"),
-    [("exact", LINEAR, 1), ("chunked", LINEAR, 16), ("chunked", RESIDUAL, 16), ("chunked", DEEP, 4)],
+    [
+        ("exact", LINEAR, 1),
+        ("chunked", LINEAR, 16),
+        ("chunked", RESIDUAL, 16),
+        ("chunked", DEEP, 4),
+    ],
     ids=["exact", "linear", "residual", "deep"],
 )
 def test_float32(impl, network, chunk_size):
@@ -174,7 +179,11 @@ def merged(values, slopes):
 
 
 def test_auto_is_exact_where_it_applies_else_chunked():
-    for network, chunk_size, form in ((LINEAR, 1, "exact"), (LINEAR, 4, "chunked"), (MLP, 1, "chunked")):
+    for network, chunk_size, form in (
+        (LINEAR, 1, "exact"),
+        (LINEAR, 4, "chunked"),
+        (MLP, 1, "chunked"),
+    ):
         case = build(network=network, chunk_size=chunk_size)
         for name, tensor in results(case(form)).items():
             assert torch.equal(tensor, results(case("auto"))[name]), name
@@ -200,7 +209,11 @@ def test_compiled_equals_eager(impl, backend):
         pytest.skip("torch.compile's inductor needs a C++ compiler")
     here = Path(__file__).parent
     result = subprocess.run(
-        [sys.executable, "-c", f"import test_equivalence as t; t.check_compiled({impl!r}, {backend!r})"],
+        [
+            sys.executable,
+            "-c",
+            f"import test_equivalence as t; t.check_compiled({impl!r}, {backend!r})",
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         capture_output=True,
         text=True,

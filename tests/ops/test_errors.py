@@ -202,8 +202,6 @@ def test_networks_that_do_not_exist(options, message):
         MemoryNetwork(**options)
 
 
-@pytest.mark.parametrize(
-    "case", [PLAIN, MOMENTUM, DECAY, ANCHORED, CHUNKED, DEEP, RESIDUALS]
-)
+@pytest.mark.parametrize("case", [PLAIN, MOMENTUM, DECAY, ANCHORED, CHUNKED, DEEP, RESIDUALS])
 def test_what_these_cases_were_made_from_is_accepted(case):
     assert torch.isfinite(case("auto").output).all()

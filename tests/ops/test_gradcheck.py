@@ -5,9 +5,12 @@ Equality with the reference's gradients would not notice a value detached in bot
 
 import pytest
 import torch
-from cases import LINEAR, RESIDUAL, build, results
+from cases import LINEAR, build, results
 
 from titans.ops import MemoryNetwork
+
+RESIDUAL = MemoryNetwork(depth=2, expansion=1, residual=True, norm=True)
+THREE = MemoryNetwork(depth=3, expansion=1, activation="silu", residual=False, norm=False)
 
 CASES = {
     "exact": ("exact", {"network": LINEAR, "decay": "scalar", "anchor": True}),
@@ -20,7 +23,7 @@ CASES = {
     "chunked bounded": (
         "chunked",
         {
-            "network": MemoryNetwork(depth=3, expansion=1, activation="silu", residual=False, norm=False),
+            "network": THREE,
             "per_layer": True,
             "max_surprise": 0.2,
             "chunk_size": 2,

@@ -134,7 +134,9 @@ def test_gradients_do_not_look_ahead(impl, options):
     output = case(impl).output
     for t in range(6):
         for name in case.tokens:
-            slope = torch.autograd.grad(output[:, t].square().sum(), leaves[name], retain_graph=True)[0]
+            slope = torch.autograd.grad(
+                output[:, t].square().sum(), leaves[name], retain_graph=True
+            )[0]
             assert (slope[:, t + 1 :] == 0).all(), (name, t)
             if name != "queries":
                 assert (slope[:, : t + 1] != 0).any(), (name, t)
@@ -151,9 +153,7 @@ def test_padding_on_the_right_never_changes_earlier_outputs(impl, options, paddi
         return F.pad(x.movedim(1, -1), (0, 6), value=fill).movedim(-1, 1)
 
     longer = replace(case, tokens={name: padded(name, x) for name, x in case.tokens.items()})
-    torch.testing.assert_close(
-        longer(impl).output[:, :9], case(impl).output, rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(longer(impl).output[:, :9], case(impl).output, rtol=0, atol=1e-13)
 
 
 @every_form

@@ -49,7 +49,8 @@ def literal(case):
     for b in range(batch):
         for h in range(heads):
             rest = [
-                0.0 if settings["anchor"] is None else settings["anchor"][layer][h] for layer in layers
+                0.0 if settings["anchor"] is None else settings["anchor"][layer][h]
+                for layer in layers
             ]
             M = [rest[layer] + case.state.weights[layer][b, h] for layer in layers]
             held = case.state.base or case.state.weights
@@ -74,9 +75,7 @@ def literal(case):
             finals[b, h] = [M[layer] - rest[layer] for layer in layers], S
 
     def grid(entry):
-        return torch.stack(
-            [torch.stack([entry(b, h) for h in range(heads)]) for b in range(batch)]
-        )
+        return torch.stack([torch.stack([entry(b, h) for h in range(heads)]) for b in range(batch)])
 
     found = {
         "output": grid(

@@ -10,6 +10,7 @@ from titans.train.config import (
     TrainConfig,
     expand_paths,
     first_difference,
+    write_cost_at,
 )
 
 CURRICULUM = """
@@ -35,7 +36,7 @@ def test_toml_reads_back_as_the_same_config(tmp_path):
     config = load_toml(path, RunConfig, {"train.steps": "2400", "data.stages": "[1000, 2000]"})
     assert config.model.memory.dim == 64
     assert config.train.steps == 2400
-    assert config.data.curriculum() == (
+    assert tuple(stage[:3] for stage in config.data.curriculum()) == (
         (0, (64,), (1, 8)),
         (1000, (64, 256), (1, 8)),
         (2000, (64, 1024), (2, 16)),
@@ -46,7 +47,10 @@ def test_toml_reads_back_as_the_same_config(tmp_path):
 
 def test_stages_keep_the_number_of_facts():
     data = DataConfig(task="facts", facts_max=3, stages=(5,), stage_lengths=((128,),))
-    assert data.curriculum() == ((0, (64,), (1, 3)), (5, (128,), (1, 3)))
+    assert tuple(stage[:3] for stage in data.curriculum()) == (
+        (0, (64,), (1, 3)),
+        (5, (128,), (1, 3)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,3 +152,27 @@ def test_the_first_difference_is_named():
     assert first_difference(one, one) is None
     difference = first_difference(one, other)
     assert difference == "optimizer.muon_learning_rate is None there and 0.1 here"
+
+
+def test_every_stage_may_have_its_own_write_cost() -> None:
+    data = DataConfig(
+        task="facts",
+        lengths=(64,),
+        facts_max=1,
+        stages=(10, 20),
+        stage_lengths=((64,), (128,)),
+        stage_write_costs=(0.1, 0.3),
+    )
+    config = RunConfig(data=data, train=TrainConfig(write_cost=0.0))
+    assert [write_cost_at(config, step) for step in (0, 9, 10, 19, 20, 99)] == [
+        0.0,
+        0.0,
+        0.1,
+        0.1,
+        0.3,
+        0.3,
+    ]
+    with pytest.raises(ValueError, match="stage_write_costs must be empty or have one number"):
+        DataConfig(task="facts", stages=(10,), stage_lengths=((64,),), stage_write_costs=(1.0, 2.0))
+    with pytest.raises(ValueError, match="stage_write_costs must not be negative"):
+        DataConfig(task="facts", stages=(10,), stage_lengths=((64,),), stage_write_costs=(-1.0,))

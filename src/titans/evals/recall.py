@@ -60,7 +60,6 @@ def read(
 ) -> ModelState:
     """Read all streams to their end, in constant memory; `watch` sees every piece."""
     state: ModelState | None = None
-    # inference_mode inside; a plain tensor read would keep the whole stream's states alive.
     for reading in stream(model, haystack.tokens, piece=1024, write=write):
         state = reading.state
         if watch is not None:

@@ -131,6 +131,9 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"expected x of shape (B, T, {config.dim}), got {tuple(x.shape)}")
         if x.shape[1] == 0:
             raise ValueError("the sequence is empty: expected T >= 1 tokens")
+        held = state.rule.weights[0].shape[0]
+        if held != x.shape[0]:
+            raise ValueError(f"the state is for a batch of {held}, got x for {x.shape[0]}")
         q, k, v, tail = self.project(x, state.tail)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
@@ -181,7 +184,8 @@ class NeuralMemory(nn.Module):
 
     def emit(self, read: Float[Tensor, "b t h v"], x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project back to the model's width."""
-        y = rearrange(self.norm(read), "b t h d -> b t (h d)").to(x.dtype)
+        read = self.norm(read.to(self.norm.weight.dtype))
+        y = rearrange(read, "b t h d -> b t (h d)").to(x.dtype)
         if self.output_gate is not None:
             y = y * F.silu(self.output_gate(x))
         return self.output(y)

@@ -35,6 +35,7 @@ class Combine(nn.Module):
     def forward(
         self, attention: Float[Tensor, "b t d"], memory: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
-        gate = self.memory_norm(memory)
+        wide = self.memory_norm.weight.dtype  # under autocast the branches come in bfloat16
+        gate = self.memory_norm(memory.to(wide))
         gate = nn.functional.silu(gate) if self.activation == "silu" else gate.sigmoid()
-        return self.attention_norm(attention) * gate
+        return self.attention_norm(attention.to(wide)) * gate

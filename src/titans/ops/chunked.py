@@ -7,6 +7,7 @@ batched pass. A layer is then applied to queries without ever building its weigh
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,23 +41,8 @@ def neural_memory_chunked(
         at = base if anchor is None else [a + b for a, b in zip(anchor, base, strict=True)]
         k, v, q = (x[:, :, start:stop] for x in (keys, values, queries))
         inputs, deltas = network.error_signals(at, k, v, objective, max_surprise)
-
-        def read_layer(
-            layer: int,
-            a: Tensor,
-            c: list[Coefficients] = coefficient,
-            W: tuple[Tensor, ...] = W,
-            S: tuple[Tensor, ...] | None = S,
-            inputs: list[Tensor] = inputs,
-            deltas: list[Tensor] = deltas,
-        ) -> Tensor:
-            of = c[layer]
-            z = of.scale(of.beta, a) @ W[layer] - of.scores(a, inputs[layer]) @ deltas[layer]
-            if S is not None and of.m is not None:
-                z = z + of.scale(of.m, a) @ S[layer]
-            return z if anchor is None else z + a @ anchor[layer]
-
-        outputs.append(network.forward(read_layer, q))
+        read = partial(read_layer, coefficient, W, S, inputs, deltas, anchor)
+        outputs.append(network.forward(read, q))
         surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
         layers = range(network.depth)
         past: Sequence[Tensor | None] = S if S is not None else [None] * network.depth
@@ -70,6 +56,24 @@ def neural_memory_chunked(
         offset = (offset + stop - start) % chunk_size
     final = RuleState.after(W, S, base, offset, chunk_size)
     return MemoryOutput(torch.cat(outputs, 2), final, torch.cat(surprises, 2))
+
+
+def read_layer(
+    coefficient: list[Coefficients],
+    W: tuple[Tensor, ...],
+    S: tuple[Tensor, ...] | None,
+    inputs: list[Tensor],
+    deltas: list[Tensor],
+    anchor: Sequence[Tensor] | None,
+    layer: int,
+    a: Tensor,
+) -> Tensor:
+    """a_t W_t of one layer, for every token of the chunk, from W and S before the chunk."""
+    of = coefficient[layer]
+    z = of.scale(of.beta, a) @ W[layer] - of.scores(a, inputs[layer]) @ deltas[layer]
+    if S is not None and of.m is not None:
+        z = z + of.scale(of.m, a) @ S[layer]
+    return z if anchor is None else z + a @ anchor[layer]
 
 
 def chunk_coefficients(

@@ -39,16 +39,12 @@ class Coefficients:
 
     def chunk(self, index: int) -> "Coefficients":
         """Coefficients of one chunk, where the chunks are axis 2."""
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, :, index]
-
         return Coefficients(
             beta=self.beta[:, :, index],
-            m=pick(self.m),
+            m=None if self.m is None else self.m[:, :, index],
             G=self.G[:, :, index],
-            carry=pick(self.carry),
-            last=pick(self.last),
+            carry=None if self.carry is None else self.carry[:, :, index],
+            last=None if self.last is None else self.last[:, :, index],
             per_channel=self.per_channel,
         )
 

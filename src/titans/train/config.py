@@ -16,6 +16,7 @@ class Stage(NamedTuple):
     begin: int
     lengths: tuple[int, ...]
     facts: tuple[int, int]
+    write_cost: float | None = None  # None: that of the whole run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class DataConfig:
     """`lengths` of each of those later stages."""
     stage_facts: tuple[tuple[int, ...], ...] = ()
     """[facts_min, facts_max] of each of those later stages; empty keeps the first's."""
+    stage_write_costs: tuple[float, ...] = ()
+    """`train.write_cost` of each of those later stages; empty keeps the first's. Gates that are
+    made to close before anything was learned to be worth writing stay closed."""
 
     def __post_init__(self) -> None:
         require_positive(self, "length", "segments")
@@ -67,6 +71,13 @@ class DataConfig:
                 f"data.stage_facts must be empty or have one pair for each of the "
                 f"{len(self.stages)} stages, got {len(self.stage_facts)}"
             )
+        if self.stage_write_costs and len(self.stage_write_costs) != len(self.stages):
+            raise ValueError(
+                f"data.stage_write_costs must be empty or have one number for each of the "
+                f"{len(self.stages)} stages, got {len(self.stage_write_costs)}"
+            )
+        if any(cost < 0 for cost in self.stage_write_costs):
+            raise ValueError("data.stage_write_costs must not be negative")
         if list(self.stages) != sorted({step for step in self.stages if step > 0}):
             raise ValueError(f"data.stages must be rising steps above 0, got {list(self.stages)}")
         if any(len(pair) != 2 for pair in self.stage_facts):
@@ -89,7 +100,8 @@ class DataConfig:
         """The stages in order; one, beginning at step 0, where there is no curriculum."""
         first = (self.facts_min, self.facts_max)
         facts = [(pair[0], pair[1]) for pair in self.stage_facts] or [first] * len(self.stages)
-        later = zip(self.stages, self.stage_lengths, facts, strict=True)
+        costs = self.stage_write_costs or (None,) * len(self.stages)
+        later = zip(self.stages, self.stage_lengths, facts, costs, strict=True)
         return (Stage(0, self.lengths, first), *(Stage(*stage) for stage in later))
 
 
@@ -193,6 +205,12 @@ class RunConfig:
                 f"train.accumulate ({self.train.accumulate}) must not exceed the {rows} rows of "
                 "a batch"
             )
+
+
+def write_cost_at(config: RunConfig, step: int) -> float:
+    """`train.write_cost`, or that of the stage the step belongs to."""
+    stage = [stage for stage in config.data.curriculum() if stage.begin <= step][-1]
+    return config.train.write_cost if stage.write_cost is None else stage.write_cost
 
 
 def expand_paths(paths: tuple[str, ...]) -> list[Path]:

@@ -22,7 +22,7 @@ from titans.models.lm import TitansLM
 from titans.state import ModelState
 from titans.train.batches import Data, open_data
 from titans.train.checkpoint import Training, load_checkpoint, open_run, save_checkpoint
-from titans.train.config import RunConfig
+from titans.train.config import RunConfig, write_cost_at
 from titans.train.evaluate import evaluate
 from titans.train.metrics import Logger, MetricsFile, Row, open_loggers
 from titans.train.objective import (
@@ -136,6 +136,7 @@ def take_step(training: Training, batch: Batch, config: RunConfig) -> dict[str, 
     """One optimizer step on one segment; its metrics."""
     model, train, step = training.model, config.train, training.step + 1
     factor = schedule(training.step, train.steps, config.optimizer)
+    write_cost = write_cost_at(config, training.step)
     set_learning_rate(training.optimizers, factor)
     model.zero_grad()
     parts = split_rows(batch, train.accumulate)
@@ -147,7 +148,7 @@ def take_step(training: Training, batch: Batch, config: RunConfig) -> dict[str, 
         # The weights are those of the whole batch, so the parts' losses add up to its mean.
         part_loss = (segment.nll * part.weights).sum()
         check_segment(step, model, part_loss, segment.state)
-        (part_loss + train.write_cost * share * segment.open).backward()
+        (part_loss + write_cost * share * segment.open).backward()
         loss += part_loss.item()
         opened += share * segment.open.item()
         memories.append(carry(segment.state))
