@@ -46,6 +46,10 @@ class MemoryConfig:
     gates: Literal["closing", "sigmoid"] = "closing"
     """`closing`: learning rate max * clamp(1.3 sigmoid - 0.15, 0, 1), forgetting in log space;
     both reach exactly zero. `sigmoid`: the paper's."""
+    gate_input: Literal["token", "window"] = "token"
+    """What the gates are linear maps of. `token`: the layer's input, as gated linear attention
+    has it (the paper only says input-dependent). `window`: also q, k and v after their
+    convolution, so that a token's worth is judged by the same context as its key."""
     tie_forgetting: bool = True
     """With closing gates: log(1 - alpha) = -theta softplus(.), so that a token which writes
     nothing forgets nothing."""
@@ -63,8 +67,9 @@ class MemoryConfig:
     """Forget towards the learned M_0, or towards zero (the paper's letter)."""
     per_layer_gates: bool = False
     """Every layer of the memory network has its own gates (NeurIPS text)."""
-    learning_rate_max: float = 1.0
-    """Upper end of theta; the paper gives no range. At most 1 keeps a linear memory stable."""
+    learning_rate_max: float | None = None
+    """Upper end of theta; the paper gives no range. None is 1, which keeps a linear memory
+    stable, and 0.1 from depth 3 on, where larger steps make the outer gradient explode."""
     learning_rate_init: float = 0.2
     """Initial theta as a fraction of its maximum."""
     momentum_init: float = 0.5
@@ -99,10 +104,16 @@ class MemoryConfig:
             raise ValueError("memory.learning_rate_init and momentum_init must lie in (0, 1)")
         if not 0 < self.half_life_min <= self.half_life_max:
             raise ValueError("memory half-lives must satisfy 0 < half_life_min <= half_life_max")
-        if self.learning_rate_max <= 0:
+        if self.learning_rate_limit <= 0:
             raise ValueError("memory.learning_rate_max must be positive")
         if self.max_surprise is not None and self.max_surprise <= 0:
             raise ValueError("memory.max_surprise must be positive")
+
+    @property
+    def learning_rate_limit(self) -> float:
+        if self.learning_rate_max is not None:
+            return self.learning_rate_max
+        return 1.0 if self.depth <= 2 else 0.1
 
     @property
     def key_dim(self) -> int:

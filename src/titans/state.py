@@ -76,11 +76,12 @@ class State:
         """Write one safetensors file; the old file stays until the new one is whole."""
         path = Path(path)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
+        structure = json.dumps(_describe(self))
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
-            "structure": json.dumps(_describe(self)),
-            "sha256": digest(tensors),
+            "structure": structure,
+            "sha256": digest(tensors, structure),
         }
         write_safetensors(path, tensors, metadata)
 
@@ -95,7 +96,7 @@ class State:
                 f"{path}: memory file version {metadata.get('version')!r}, "
                 f"this release reads version {FORMAT_VERSION}"
             )
-        if metadata.get("sha256") != digest(tensors):
+        if metadata.get("sha256") != digest(tensors, metadata.get("structure", "")):
             raise ValueError(f"{path}: damaged memory file (its checksum does not match)")
         try:
             state = _rebuild(json.loads(metadata["structure"]), "", tensors)
@@ -218,9 +219,9 @@ def _rebuild(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return node["value"]
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and contents: safetensors itself would not notice a flipped bit."""
-    digest = hashlib.sha256()
+def digest(tensors: dict[str, Tensor], header: str) -> str:
+    """sha256 over header, names and contents: safetensors would not notice a flipped bit."""
+    digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -36,7 +36,9 @@ def hide_facts(
     margin = 64
     ordered = tuple(sorted(set(distances)))
     if ordered[0] < 0 or any(b - a < STATEMENT_SIZE for a, b in pairwise(ordered)):
-        raise ValueError(f"distances must be at least {STATEMENT_SIZE} tokens apart, got {list(ordered)}")
+        raise ValueError(
+            f"distances must be at least {STATEMENT_SIZE} tokens apart, got {list(ordered)}"
+        )
     length = ordered[-1] + STATEMENT_SIZE + margin
     rows, facts = [], []
     for index in range(streams):

@@ -134,13 +134,15 @@ class NeuralMemory(nn.Module):
         held = state.rule.weights[0].shape[0]
         if held != x.shape[0]:
             raise ValueError(f"the state is for a batch of {held}, got x for {x.shape[0]}")
-        q, k, v, tail = self.project(x, state.tail)
+        mixed, tail = self.mix(self.qkv(x), state.tail)
+        q, k, v = self.split(mixed)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
             read = read_memory(q, state.rule.weights, self.network, self.anchor())
             record = MemoryRecord(none, None, None, none)
             return self.emit(read, x), replace(state, tail=tail), record
-        rate, momentum, decay = self.gates(x)
+        seen = torch.cat([x, mixed.to(x.dtype)], -1) if config.gate_input == "window" else x
+        rate, momentum, decay = self.gates(seen)
         result = neural_memory(
             q,
             k,
@@ -165,13 +167,10 @@ class NeuralMemory(nn.Module):
         )
         return self.emit(result.output, x), MemoryState(rule=result.state, tail=tail), record
 
-    def project(
-        self, x: Tensor, tail: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys (unit norm) and values (B, T, H, D), and the convolution's next tail."""
-        mixed, tail = self.mix(self.qkv(x), tail)
+    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (unit norm) and values, (B, T, H, D)."""
         q, k, v = rearrange(mixed, "b t (n h d) -> n b t h d", n=3, h=self.config.heads)
-        return unit_norm(q), unit_norm(k), v, tail
+        return unit_norm(q), unit_norm(k), v
 
     def mix(self, projected: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Convolution and activation after the projections."""
@@ -206,7 +205,7 @@ class NeuralMemory(nn.Module):
 
 
 class MemoryGates(nn.Module):
-    """theta (learning rate), eta (momentum) and alpha (forgetting) from the input.
+    """theta (learning rate), eta (momentum) and alpha (forgetting), (B, T, H), from the input.
 
     Their maps start at zero weight, so that a fresh model's gates are their biases: rates at
     `learning_rate_init`, momentum at `momentum_init`, and half-lives spread over the heads.
@@ -222,11 +221,12 @@ class MemoryGates(nn.Module):
             heads * sets if config.momentum else 0,
             heads * sets * channels if config.decay != "none" else 0,
         ]
+        width = config.dim + (3 * heads * config.key_dim if config.gate_input == "window" else 0)
         # A low-rank map of the decay stands apart: its first half is `squeeze`.
         self.low_rank = config.decay_rank is not None
-        self.map = nn.Linear(config.dim, sum(self.sizes[:2] if self.low_rank else self.sizes))
+        self.map = nn.Linear(width, sum(self.sizes[:2] if self.low_rank else self.sizes))
         if config.decay_rank is not None:
-            self.squeeze = nn.Linear(config.dim, config.decay_rank, bias=False)
+            self.squeeze = nn.Linear(width, config.decay_rank, bias=False)
             self.expand = nn.Linear(config.decay_rank, self.sizes[2])
         self.reset_parameters()
 
@@ -275,7 +275,7 @@ class MemoryGates(nn.Module):
             theta = torch.sigmoid(raw_rate)
         eta = torch.sigmoid(raw_momentum) if config.momentum else None
         alpha = self.forgetting(raw_decay, theta) if config.decay != "none" else None
-        theta = theta * config.learning_rate_max
+        theta = theta * config.learning_rate_limit
         if eta is not None and config.dampen_momentum:
             theta = theta * (1.0 - eta) ** 2
         return (

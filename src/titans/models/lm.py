@@ -173,11 +173,12 @@ class TitansLM(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in names
         }
+        config = json.dumps(to_dict(self.config))
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
-            "config": json.dumps(to_dict(self.config)),
-            "sha256": digest(tensors),
+            "config": config,
+            "sha256": digest(tensors, config),
         }
         write_safetensors(Path(path), tensors, metadata)
 
@@ -200,7 +201,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
             f"{path}: model file version {metadata.get('version')!r}, "
             f"this release reads version {FORMAT_VERSION}"
         )
-    if metadata.get("sha256") != digest(tensors):
+    if metadata.get("sha256") != digest(tensors, metadata.get("config", "")):
         raise ValueError(f"{path}: damaged model file (its checksum does not match)")
     try:
         config = build(TitansConfig, json.loads(metadata["config"]))

@@ -99,7 +99,7 @@ def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
     scratch.mkdir()
     training.model.save(scratch / MODEL)
     tensors = optimizer_tensors(training)
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "sha256": digest(tensors)}
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "sha256": digest(tensors, "")}
     write_safetensors(scratch / OPTIMIZER, tensors, metadata)
     for number, memory in enumerate(training.memories):
         memory.save(scratch / f"memory-{number}.safetensors")
@@ -140,7 +140,7 @@ def load_checkpoint(folder: Path, config: RunConfig, device: torch.device) -> Tr
         ],
     )
     tensors, metadata = read_safetensors(folder / OPTIMIZER)
-    if metadata.get("sha256") != digest(tensors):
+    if metadata.get("sha256") != digest(tensors, ""):
         raise ValueError(f"{folder / OPTIMIZER}: damaged (its checksum does not match)")
     restore_optimizers(training, tensors, folder / OPTIMIZER)
     return training
