@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from titans.data.carrier import endless
 from titans.data.facts import DIGITS, STATEMENT_SIZE, Fact, draw_facts
@@ -81,12 +80,9 @@ def ask(
     """
     right = []
     for asked in zip(*facts, strict=True):
-        tokens = encode([fact.question + fact.value.encode() for fact in asked])
+        texts = [list(fact.question + fact.value.encode()) for fact in asked]
+        tokens = torch.tensor(texts, device=next(model.parameters()).device)
         logits, _ = model(tokens[:, :-1], state, write)
         guess = logits[:, -DIGITS:].argmax(-1)
         right.append((guess == tokens[:, -DIGITS:]).all(-1).cpu().numpy())
     return np.stack(right, 1)
-
-
-def encode(texts: Sequence[bytes]) -> Tensor:
-    return torch.tensor([list(text) for text in texts])
