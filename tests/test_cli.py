@@ -38,9 +38,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 def test_presets_lists_and_prints_toml(capsys, tmp_path) -> None:
     assert "mac-340m-paper_neurips" in run(capsys, "presets").splitlines()
     (tmp_path / "c.toml").write_text(run(capsys, "presets", "mal-tiny"))
-    from titans.config import TitansConfig, load_toml
+    from titans.config import load_toml
+    from titans.train.config import RunConfig
 
-    assert load_toml(tmp_path / "c.toml", TitansConfig) == titans.preset("mal-tiny")
+    assert load_toml(tmp_path / "c.toml", RunConfig).model == titans.preset("mal-tiny")
 
 
 def test_reading_a_text_in_two_parts_is_reading_it_at_once(capsys, tmp_path, model_file) -> None:
@@ -150,3 +151,40 @@ def test_every_verb_documents_itself(capsys, verb) -> None:
         main([verb, "--help"])
     assert stop.value.code == 0
     assert "usage: titans" in capsys.readouterr().out
+
+
+def test_memories_that_cannot_serve_are_one_line(capsys, tmp_path, model_file) -> None:
+    text, memory = tmp_path / "t.txt", tmp_path / "t.memory"
+    text.write_text("some text to read")
+    run(capsys, "stream", model_file, text, "--save", memory)
+    state = titans.ModelState.load(memory)
+
+    wide = tmp_path / "wide.memory"
+    state.map(torch.Tensor.double).save(wide)
+    assert "another precision" in refused(capsys, "stream", model_file, text, "--memory", wide)
+
+    broken = state.map(lambda t: t * float("nan"))
+    with pytest.raises(ValueError, match="non-finite number in blocks"):
+        broken.save(tmp_path / "nan.memory")
+    assert not (tmp_path / "nan.memory").exists()
+    broken.__class__.check_finite, kept = (lambda self: None), broken.__class__.check_finite
+    try:
+        broken.save(tmp_path / "nan.memory")
+    finally:
+        broken.__class__.check_finite = kept
+    message = refused(capsys, "stream", model_file, text, "--memory", tmp_path / "nan.memory")
+    assert "holds a non-finite number" in message
+
+
+def test_targets_and_numbers_are_checked_before_the_work(capsys, tmp_path, model_file) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("some text to read")
+    for arguments, message in (
+        (("stream", model_file, text, "--save", tmp_path), "is a folder, expected a file"),
+        (("demo", "--streams", 0, "--out", tmp_path / "o"), "streams must be at least 1"),
+        (("demo", "--seed", -1, "--out", tmp_path / "o"), "seed must not be negative"),
+        (("data", "prepare", text, "--out", tmp_path / "s", "--encoding", "hex"), "hex"),
+    ):
+        assert message in refused(capsys, *arguments)
+    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "s").exists()

@@ -121,3 +121,34 @@ def test_bad_configs_are_one_clear_line(tmp_path, text, overrides, message) -> N
 def test_a_missing_config_is_one_clear_line(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         load_toml(tmp_path / "absent.toml", TitansConfig)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gates": "Closing"}, {"decay": "chanel"}, {"activation": "relu"}, {"depth": 2.0}]
+)
+def test_configs_made_in_python_are_held_to_their_types(changes, without_shape_checks) -> None:
+    (name,) = changes
+    with pytest.raises(ValueError, match=name):
+        MemoryConfig(**changes)
+
+
+def test_heads_need_divide_only_the_width_of_the_model() -> None:
+    assert TitansConfig(dim=96, heads=3, memory=MemoryConfig(heads=3)).memory.key_dim == 32
+    with pytest.raises(ValueError, match="must be a multiple of heads"):
+        TitansConfig(dim=64, memory=MemoryConfig(heads=3))
+    with pytest.raises(ValueError, match="head_dim must be at least 1"):
+        MemoryConfig(head_dim=0)
+
+
+def test_numbers_must_be_finite(tmp_path) -> None:
+    with pytest.raises(ValueError, match="rope_base must be a finite number, got nan"):
+        load_toml(write(tmp_path, "rope_base = nan"), TitansConfig)
+    with pytest.raises(ValueError, match="half_life_max must be a finite number, got inf"):
+        MemoryConfig(half_life_max=float("inf"))
+
+
+def test_any_text_survives_toml() -> None:
+    from titans.train.config import DataConfig, RunConfig
+
+    config = RunConfig(data=DataConfig(paths=("a b.txt", 'q"\\.txt', "ümlaut/😀.txt")))
+    assert build(RunConfig, tomllib.loads(to_toml(config))) == config

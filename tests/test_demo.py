@@ -107,3 +107,14 @@ def test_curves_follow_the_facts(result) -> None:
     rate = np.concatenate(curve.learning_rate)
     fact = rate[-500 - 14 : -500]
     assert fact.max() > 10 * rate[:-600].mean()
+
+
+def test_the_checkpoints_are_package_data() -> None:
+    import tomllib
+
+    root = Path(__file__).parent.parent
+    content = tomllib.loads((root / "pyproject.toml").read_text())
+    patterns = content["tool"]["setuptools"]["package-data"]["titans"]
+    shipped = {p for pattern in patterns for p in (root / "src" / "titans").glob(pattern)}
+    assert demo.asset("demo.safetensors") in shipped
+    assert demo.asset("demo-attention.safetensors") in shipped

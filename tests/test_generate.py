@@ -188,3 +188,37 @@ def test_an_empty_stream_is_refused() -> None:
         list(titans.stream(build(), torch.zeros(0, dtype=torch.long)))
     with pytest.raises(ValueError, match="piece must be at least 1"):
         list(titans.stream(build(), torch.ones(3, dtype=torch.long), piece=0))
+
+
+def test_states_of_inference_can_be_trained_on_from() -> None:
+    model = build("mal")
+    *_, last = titans.stream(model, torch.arange(20))
+    after = titans.generate(model, [[1, 2]], 3).states[0]
+    for state in (last.state, titans.prefill(model, torch.arange(9)[None])[1], after):
+        model.zero_grad()
+        model(torch.arange(6)[None], state)[0].sum().backward()
+        assert model.embedding.weight.grad.abs().sum() > 0
+
+
+def test_generation_leaves_the_callers_random_numbers_alone() -> None:
+    model = build()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    titans.generate(model, [[1, 2]], 3)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_coldest_temperature_does_not_overflow() -> None:
+    model = build()
+    greedy = titans.generate(model, [[1, 2]], 5, sampling=GREEDY).tokens
+    cold = titans.generate(model, [[1, 2]], 5, sampling=Sampling(temperature=1e-40, seed=0)).tokens
+    assert cold == greedy
+
+
+def test_streams_of_anything_but_tokens_are_refused() -> None:
+    for bad in (torch.tensor([1.5, 2.5]), np.array([1.0]), torch.zeros(1, 1, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"tokens must be integers of shape"):
+            list(titans.stream(build(), bad))
+    with pytest.raises(ValueError, match="expected tensors or arrays of tokens, got int"):
+        list(titans.stream(build(), iter([1, 2])))

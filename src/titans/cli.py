@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,14 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides = parse_overrides(parser, rest)
     try:
         options.run(options)
-    except (ValueError, ImportError, OSError) as error:
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        sys.exit(EXIT_BAD_INPUT)
+    except (ValueError, ImportError, OSError, LookupError) as error:
         fail(" ".join(str(error).split()))
+    except MemoryError:
+        fail("out of memory")
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # our own, with a message for the user
             fail(" ".join(str(error).split()))
+        if "allocate" in str(error):
+            fail(f"out of memory ({str(error).splitlines()[0]})")
         raise
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", INTERRUPTED)
 
 
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
@@ -43,8 +51,15 @@ def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     sys.exit(code)
 
 
+def version() -> str:
+    from importlib.metadata import version as installed
+
+    return f"titans {installed('titans')}"
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="titans", description="Neural memory that learns at test time.")
+    parser.add_argument("--version", action="version", version=version())
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     add_demo(verbs)
     add_train(verbs)
@@ -112,7 +127,7 @@ def run_demo(options: argparse.Namespace) -> None:
         f"{result.state_bytes_last:,} at the last. Parameters: "
         f"{result.parameters['memory']:,} with memory, {result.parameters['attention']:,} without."
     )
-    console.print(f"Wrote recall.png, surprise.png and demo.memory to {result.out}/")
+    print(f"Wrote recall.png, surprise.png and demo.memory to {result.out}/")
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
 
@@ -135,8 +150,11 @@ def run_train(options: argparse.Namespace) -> None:
     config = load_toml(options.config, RunConfig, options.overrides)
     folder = options.out or Path("runs") / options.config.stem
     result = train(config, folder, resume=not options.fresh)
+    print(f"{result.checkpoint / 'model.safetensors'}")
     if options.json:
         print(json.dumps({**dataclasses.asdict(result), "folder": str(folder)}, default=str))
+    if not result.finished:
+        sys.exit(INTERRUPTED)
 
 
 def add_data(verbs: Any) -> None:
@@ -149,6 +167,8 @@ def add_data(verbs: Any) -> None:
     parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--text-key", default="text", help="field of a JSON line")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--config", help="of a data set, e.g. sample-10BT")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="documents held out")
     parser.add_argument("--strip-gutenberg", action="store_true", help="drop Gutenberg's notices")
     parser.add_argument("--encoding", default="utf-8-sig", help="of plain text files")
@@ -161,7 +181,12 @@ def run_prepare(options: argparse.Namespace) -> None:
     from titans.data.tokenizers import load_tokenizer
 
     if len(options.paths) == 1 and options.paths[0].startswith("hub:"):
-        documents = hub_documents(options.paths[0].removeprefix("hub:"), text_key=options.text_key)
+        documents = hub_documents(
+            options.paths[0].removeprefix("hub:"),
+            split=options.split,
+            text_key=options.text_key,
+            config=options.config,
+        )
     else:
         documents = read_documents(
             options.paths,
@@ -249,19 +274,23 @@ def run_stream(options: argparse.Namespace) -> None:
     from titans.models.lm import load
     from titans.state import ModelState
 
+    if options.save is not None and options.save.is_dir():
+        raise ValueError(f"{options.save}: is a folder, expected a file to write")
     tokenizer = load_tokenizer(options.tokenizer)
     model = load(options.model)
     state = None if options.memory is None else ModelState.load(options.memory)
     source = (np.array(tokenizer.encode(d.text)) for d in read_documents(options.texts))
     nats, tokens, begin = 0.0, 0, time.perf_counter()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None)
         for reading in stream(model, source, state):
             state = reading.state
-            nats += float(reading.nll.nansum())
+            nats += float(reading.nll[:, 0 if tokens else 1 :].sum())
             tokens += reading.tokens.shape[1]
             progress.update(task, description=f"{tokens:,} tokens read")
     assert state is not None
+    state.check_finite()
     if options.save is not None:
         state.save(options.save)
     report = {
@@ -281,22 +310,26 @@ def run_stream(options: argparse.Namespace) -> None:
 
 
 def add_presets(verbs: Any) -> None:
-    parser = verb(verbs, "presets", run_presets, "list the named models, or print one as TOML")
+    parser = verb(
+        verbs,
+        "presets",
+        run_presets,
+        "list the named models, or print one as TOML",
+    )
     parser.add_argument("name", nargs="?", help="print this one")
     add_json(parser)
 
 
 def run_presets(options: argparse.Namespace) -> None:
-    from titans.config import to_dict, to_toml
+    from titans.config import table_to_toml, to_dict
     from titans.presets import preset, preset_names
 
     if options.name is None:
         print(json.dumps(preset_names()) if options.json else "\n".join(preset_names()))
     else:
         config = preset(options.name)
-        print(json.dumps(to_dict(config)) if options.json else to_toml(config), end="")
-        if options.json:
-            print()
+        content = {"model": to_dict(config)}
+        print(json.dumps(content) if options.json else table_to_toml(content).rstrip())
 
 
 def parse_overrides(parser: Parser, rest: Sequence[str]) -> dict[str, str]:

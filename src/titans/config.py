@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -93,9 +94,10 @@ class MemoryConfig:
     """Tokens the exact form solves at once; speed only."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(self, "dim", "heads", "depth", "expansion", "chunk_size", "block_size")
-        if self.head_dim is None and self.dim % self.heads:
-            raise ValueError(f"memory.dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        if self.head_dim is not None:
+            require_positive(self, "head_dim")
         if self.decay_rank is not None and (self.decay_rank < 1 or self.decay != "channel"):
             raise ValueError("memory.decay_rank must be at least 1 and needs decay = 'channel'")
         if self.conv_width < 0:
@@ -117,7 +119,13 @@ class MemoryConfig:
 
     @property
     def key_dim(self) -> int:
-        return self.dim // self.heads if self.head_dim is None else self.head_dim
+        """Key and value size of a head. ValueError if the heads do not divide the width, which
+        is known only when a model has set it."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if self.dim % self.heads:
+            raise ValueError(f"memory.dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        return self.dim // self.heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +160,7 @@ class TitansConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(
             self,
             "vocab_size",
@@ -162,8 +171,6 @@ class TitansConfig:
             "segment",
             "memory_token_stride",
         )
-        if self.variant not in VARIANTS:
-            raise ValueError(unknown("variant", self.variant, VARIANTS))
         if self.persistent < 0 or self.ffn_hidden < 0:
             raise ValueError("persistent and ffn_hidden must not be negative")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -178,6 +185,8 @@ class TitansConfig:
             )
         if self.memory.dim != self.dim:
             object.__setattr__(self, "memory", dataclasses.replace(self.memory, dim=self.dim))
+        if self.variant != "attention":
+            _ = self.memory.key_dim  # raises if the heads do not divide the width
 
     def hash(self) -> str:
         """Names the function the model computes; a memory file carries it.
@@ -248,6 +257,8 @@ def check_type(where: str, value: Any, kind: Any) -> Any:
         return tuple(check_type(f"{where}[{i}]", v, arguments[0]) for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
     return value
@@ -291,8 +302,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """The config as TOML that `load_toml` reads back to an equal one."""
+    return table_to_toml(to_dict(config))
+
+
+def table_to_toml(table: dict[str, Any]) -> str:
+    """Nested dicts as TOML."""
     lines: list[str] = []
-    write_table(to_dict(config), "", lines)
+    write_table(table, "", lines)
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -302,7 +318,7 @@ def write_table(table: dict[str, Any], name: str, lines: list[str]) -> None:
     for key, value in table.items():
         if not isinstance(value, dict):
             # JSON's strings, numbers, booleans and lists are TOML's.
-            lines.append(f"{key} = {json.dumps(value)}")
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     for key, value in table.items():
         if isinstance(value, dict):
             write_table(value, f"{name}.{key}" if name else key, lines)
@@ -313,6 +329,13 @@ def unknown(what: str, given: Any, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(given), list(known), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return f"unknown {what} {given!r}; {hint}"
+
+
+def check_fields(config: Any) -> None:
+    """Every field has its type; a config made in Python is held to what TOML is."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if not dataclasses.is_dataclass(kind):
+            check_type(name, getattr(config, name), kind)
 
 
 def require_positive(config: Any, *names: str) -> None:

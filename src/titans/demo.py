@@ -63,8 +63,14 @@ def run_demo(
     length: the largest distance in tokens (bytes). texts: files to read instead of the
     standard library's sources. Raises ValueError for files that cannot be read.
     """
+    import matplotlib  # noqa: F401  (missing? say so before the work, not after it)
+
     console = console or Console(stderr=True)
     distances = distances_up_to(length)
+    if streams is not None and streams < 1:
+        raise ValueError(f"streams must be at least 1, got {streams}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
     streams = streams or max(1, min(8, STREAMED_TOKENS // distances[-1]))
     carrier = files_text(texts) if texts else python_text(held_out=True)
     haystack = hide_facts(carrier, distances, streams=streams, seed=seed)
@@ -76,7 +82,7 @@ def run_demo(
     recall: dict[str, list[float]] = {}
     speed: dict[str, float] = {}
     readers = ((MEMORY_ON, model, True), (MEMORY_OFF, model, False), (ATTENTION, attention, True))
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, reader, write in readers:
             task = progress.add_task(f"reading, {name}", total=haystack.tokens.shape[1])
 
@@ -151,7 +157,7 @@ def ask_saved(out: Path) -> list[float]:
 
 
 def ask_in_fresh_process(out: Path) -> list[float]:
-    command = [sys.executable, "-m", "titans.cli", "demo", "--ask", str(out), "--json"]
+    command = [sys.executable, "-m", "titans.cli", "demo", f"--ask={out}", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"asking in a fresh process failed: {done.stderr.strip()}")

@@ -3,6 +3,7 @@
 All of it is `model(tokens, state)`; nothing here keeps a hidden cache.
 """
 
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,7 +71,7 @@ class Reading(NamedTuple):
     state: ModelState
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: TitansLM, tokens: Int[Tensor, "b t"], state: ModelState | None = None
 ) -> tuple[Float[Tensor, "b v"], ModelState]:
@@ -83,7 +84,7 @@ def prefill(
     return logits[:, -1], state
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_one(
     model: TitansLM, token: Int[Tensor, " b"], state: ModelState
 ) -> tuple[Float[Tensor, "b v"], ModelState]:
@@ -120,7 +121,7 @@ def generate(
     if any(len(s) == 0 for s in stop):
         raise ValueError("a stop sequence is empty: expected at least one token")
     sampling = sampling or Sampling()
-    first = torch.seed() if sampling.seed is None else sampling.seed
+    first = secrets.randbits(63) if sampling.seed is None else sampling.seed
     device = next(model.parameters()).device
     generators = [
         torch.Generator(device).manual_seed((first + i) % 2**63) for i in range(len(rows))
@@ -180,7 +181,8 @@ def sample(
         raise ValueError("the model returned a non-finite logit; its weights are damaged")
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() / sampling.temperature
+    # Relative to the largest, so that the coldest temperature cannot overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)).float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         kth = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kth, float("-inf"))
@@ -225,7 +227,7 @@ def stream(
         raise ValueError("the text is empty: expected at least one token")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_piece(
     model: TitansLM,
     tokens: Int[Tensor, "b t"],
@@ -256,6 +258,14 @@ def pieces(
     """(B, T) int64 tensors of at most `piece` tokens; a memory map is read as it goes."""
     parts = [source] if isinstance(source, Tensor | np.ndarray) else source
     for part in parts:
+        if not isinstance(part, Tensor | np.ndarray):
+            raise ValueError(f"expected tensors or arrays of tokens, got {type(part).__name__}")
+        floating = part.is_floating_point() if isinstance(part, Tensor) else part.dtype.kind == "f"
+        if floating or part.ndim not in (1, 2):
+            raise ValueError(
+                f"tokens must be integers of shape (T,) or (B, T), got {part.dtype} "
+                f"{tuple(part.shape)}"
+            )
         for start in range(0, part.shape[-1], piece):
             cut = part[..., start : start + piece]
             tokens = cut if isinstance(cut, Tensor) else torch.from_numpy(cut.astype(np.int64))

@@ -73,8 +73,12 @@ class State:
                 raise ValueError(f"the memory holds a non-finite number in {name}")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the old file stays until the new one is whole."""
+        """Write one safetensors file; the old file stays until the new one is whole.
+
+        Raises ValueError for a state with a non-finite number: it would be of no use.
+        """
         path = Path(path)
+        self.check_finite()
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
         structure = json.dumps(_describe(self))
         metadata = {
@@ -104,6 +108,10 @@ class State:
             raise ValueError(f"{path}: damaged memory file ({error})") from None
         if not isinstance(state, cls):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected {cls.__name__}")
+        try:
+            state.check_finite()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return state.to(device)
 
 
@@ -127,8 +135,11 @@ class ModelState(State):
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Atomic: written beside the target, flushed to disk, then renamed over it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory; a copy is what the reader gets anyway.
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -142,6 +153,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

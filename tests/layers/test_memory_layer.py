@@ -387,4 +387,26 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize(("options", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
 def test_configs_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        MemoryConfig(**options)
+        NeuralMemory(MemoryConfig(**options))
+
+
+def test_non_finite_input_is_refused_before_it_is_remembered():
+    for bad in (torch.nan, torch.inf):
+        x = text(3)
+        x[0, 1, 0] = bad
+        with pytest.raises(ValueError, match="x holds a non-finite number"):
+            layer_of()(x)
+
+
+def test_states_of_other_layers_are_refused():
+    x = text(3)
+    with_conv, without = layer_of(), layer_of(conv_width=0)
+    _, state = with_conv(x)
+    for layer, foreign, message in (
+        (without, state, "convolution tail must be None"),
+        (with_conv, without(x)[1], "convolution tail must be .*, got None"),
+        (layer_of(conv_width=3), state, "convolution tail must be"),
+        (with_conv, state.map(torch.Tensor.float), "the state is torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, foreign)

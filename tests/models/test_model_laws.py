@@ -303,3 +303,31 @@ def test_models_can_be_saved_smaller(tmp_path) -> None:
     loaded = titans.load(half)
     for mine, yours in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, yours.bfloat16().float())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_holds_no_more_than_it_says(variant: str) -> None:
+    """A view into the text's activations would keep all of them alive."""
+    model = build(variant)
+    with torch.no_grad():
+        _, state = model(some_tokens(length=400))
+    held = [t.untyped_storage() for t in state.tensors().values()]
+    storages = {storage.data_ptr(): storage for storage in held}
+    assert sum(s.nbytes() for s in storages.values()) <= 1.1 * state.nbytes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_changes_neither_size_nor_precision_of_the_state(variant: str) -> None:
+    model = build(variant).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, state = model(some_tokens())
+    fresh = model.init_state(2)
+    assert state.nbytes == fresh.nbytes
+    assert {t.dtype for t in state.tensors().values()} == {torch.float32}
+
+
+def test_states_of_another_precision_are_refused() -> None:
+    model = build("mal")
+    _, state = model(some_tokens())
+    with pytest.raises(ValueError, match=r"the state is torch.float64, this model needs"):
+        build("mal").float()(some_tokens(), state)

@@ -46,7 +46,8 @@ class SlidingWindowAttention(nn.Module):
 
     def init_state(self, prefix: Float[Tensor, "b p d"]) -> WindowState:
         """State before the first token; the prefix is what every token sees."""
-        _, k, v = self.project(prefix)
+        # In the weights' dtype, also under autocast; cloned, so that no view keeps q alive.
+        _, k, v = (x.to(self.qkv.weight.dtype).clone() for x in self.project(prefix))
         tail = self.window - 1
         empty = k.new_zeros(k.shape[0], self.heads, tail, k.shape[3])
         return WindowState(
@@ -70,8 +71,9 @@ class SlidingWindowAttention(nn.Module):
         )
         y = self.attend(q, rotated, k, v, state)
         after = WindowState(
-            keys=k[:, :, k.shape[2] - tail :],
-            values=v[:, :, v.shape[2] - tail :],
+            # Cloned: a view would keep the whole piece of text alive.
+            keys=k[:, :, k.shape[2] - tail :].to(state.keys.dtype).clone(),
+            values=v[:, :, v.shape[2] - tail :].to(state.values.dtype).clone(),
             prefix_keys=state.prefix_keys,
             prefix_values=state.prefix_values,
             position=state.position + length,
@@ -179,10 +181,10 @@ class SegmentAttention(nn.Module):
             mask,
         )
         after = SegmentState(
-            keys=keys,
-            values=values,
-            memory_keys=notes_k,
-            memory_values=notes_v,
+            keys=keys.to(state.keys.dtype),
+            values=values.to(state.values.dtype),
+            memory_keys=notes_k.to(state.memory_keys.dtype),
+            memory_values=notes_v.to(state.memory_values.dtype),
             offset=end % self.segment,
         )
         return self.output(rearrange(y, "b h t d -> b t (h d)")), after

@@ -39,4 +39,5 @@ class CausalConv(nn.Module):
         kernel = self.weight[:, :channels].T[:, None].to(x.dtype)
         bias = self.bias[:channels].to(x.dtype)
         y = F.conv1d(padded.transpose(1, 2), kernel, bias, groups=channels)
-        return y.transpose(1, 2), padded[:, length:]
+        # Cloned: a view would keep the whole piece of text alive.
+        return y.transpose(1, 2), padded[:, length:].to(tail.dtype).clone()

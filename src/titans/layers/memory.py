@@ -116,6 +116,8 @@ class NeuralMemory(nn.Module):
         self, x: Float[Tensor, "b t d"], state: MemoryState | None = None
     ) -> tuple[Float[Tensor, "b t d"], MemoryState]:
         """Write and read every token of x; continue from `state`, or begin at M_0."""
+        if not torch.isfinite(x).all():
+            raise ValueError("x holds a non-finite number; it would stay in the memory for good")
         y, state, _ = self.run(x, self.init_state(x.shape[0]) if state is None else state)
         return y, state
 
@@ -131,9 +133,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"expected x of shape (B, T, {config.dim}), got {tuple(x.shape)}")
         if x.shape[1] == 0:
             raise ValueError("the sequence is empty: expected T >= 1 tokens")
-        held = state.rule.weights[0].shape[0]
-        if held != x.shape[0]:
-            raise ValueError(f"the state is for a batch of {held}, got x for {x.shape[0]}")
+        self.check_state(state, x.shape[0])
         mixed, tail = self.mix(self.qkv(x), state.tail)
         q, k, v = self.split(mixed)
         if not write:
@@ -166,6 +166,23 @@ class NeuralMemory(nn.Module):
             result.surprise,
         )
         return self.emit(result.output, x), MemoryState(rule=result.state, tail=tail), record
+
+    def check_state(self, state: MemoryState, batch_size: int) -> None:
+        """ValueError for a state of another layer, batch size or precision."""
+        if not isinstance(state, MemoryState):
+            raise ValueError(f"state must be a MemoryState, got {type(state).__name__}")
+        held = state.rule.weights[0].shape[0]
+        if held != batch_size:
+            raise ValueError(f"the state is for a batch of {held}, got x for {batch_size}")
+        wide = torch.float64 if self.initial[0].dtype == torch.float64 else torch.float32
+        if state.rule.weights[0].dtype != wide:
+            raise ValueError(f"the state is {state.rule.weights[0].dtype}, this layer needs {wide}")
+        expected = None
+        if self.conv is not None:
+            expected = (batch_size, self.conv.width - 1, self.conv.weight.shape[1])
+        got = None if state.tail is None else tuple(state.tail.shape)
+        if got != expected:
+            raise ValueError(f"the state's convolution tail must be {expected}, got {got}")
 
     def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (unit norm) and values, (B, T, H, D)."""

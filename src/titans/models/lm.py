@@ -158,9 +158,16 @@ class TitansLM(nn.Module):
                 f"this memory belongs to another model (config {state.config_hash}, "
                 f"this one is {self.config.hash()})"
             )
-        held = next(iter(state.tensors().values())).shape[0]
-        if held != batch_size:
-            raise ValueError(f"the state is for a batch of {held}, got tokens for {batch_size}")
+        first = next(iter(state.tensors().values()))
+        if first.shape[0] != batch_size:
+            raise ValueError(
+                f"the state is for a batch of {first.shape[0]}, got tokens for {batch_size}"
+            )
+        weight = self.embedding.weight
+        if (first.dtype == torch.float64) != (weight.dtype == torch.float64):
+            raise ValueError(f"the state is {first.dtype}, this model needs another precision")
+        if first.device != weight.device:
+            raise ValueError(f"the state is on {first.device}, the model on {weight.device}")
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write weights and config as one safetensors file, atomically.

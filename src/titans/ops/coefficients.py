@@ -8,7 +8,8 @@ Inside a chunk the recurrence is linear in the gradients g_i, so
 with A[t,j] = prod_{j<s<=t} (1 - alpha_s), B[j,i] = prod_{i<s<=j} eta_s, beta_t = A[t,0] (1 -
 alpha_0), m = A H, G = (A B) diag(theta), last_i = theta_i B[C,i]. Products are exponentials of
 segment sums of log-gates: sums are taken over the segment itself, never as a difference of two
-long sums, so alpha = 1 and eta = 0 are exact and nothing is divided.
+long sums, so alpha = 1 and eta = 0 neither lose digits nor give NaN (what should be 0 is
+1e-30), and nothing is divided.
 """
 
 from dataclasses import dataclass

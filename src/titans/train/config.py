@@ -148,6 +148,8 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a batch's rows are computed in, one after the other. It saves memory; the
     gradient is that of the whole batch."""
+    initial_model: str | None = None
+    """A model file whose weights to begin with, for training on; its config must be `model`."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
     precision: Literal["float32", "bf16"] = "float32"

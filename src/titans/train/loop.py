@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from titans.data.facts import Batch
-from titans.models.lm import TitansLM
+from titans.models.lm import TitansLM, load
 from titans.state import ModelState
 from titans.train.batches import Data, open_data
 from titans.train.checkpoint import Training, load_checkpoint, open_run, save_checkpoint
-from titans.train.config import RunConfig, write_cost_at
+from titans.train.config import RunConfig, expand_paths, write_cost_at
 from titans.train.evaluate import evaluate
 from titans.train.metrics import Logger, MetricsFile, Row, open_loggers
 from titans.train.objective import (
@@ -97,7 +97,14 @@ def new_training(config: RunConfig, device: torch.device) -> Training:
     """A fresh model, drawn on the CPU so that every device starts from the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = TitansLM(config.model).to(device)
+        model = TitansLM(config.model)
+    if config.train.initial_model is not None:
+        (path,) = expand_paths((config.train.initial_model,))
+        given = load(path)
+        if given.config.hash() != config.model.hash():
+            raise ValueError(f"{path}: its config is not that of the run's model")
+        model.load_state_dict(given.state_dict())
+    model = model.to(device)
     return Training(model=model, optimizers=build_optimizers(model, config.optimizer))
 
 
