@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -328,3 +329,18 @@ def test_progress_goes_to_stderr(tiny, tmp_path, capfd):
     assert captured.out == ""
     assert "2/2 loss 5." in captured.err
     assert "tokens/s" in captured.err
+
+
+def test_training_can_begin_with_the_weights_of_another_run(tiny, tmp_path):
+    first = train(tiny(steps=2), tmp_path / "first", progress=False)
+    given = first.checkpoint / "model.safetensors"
+    config = tiny(steps=1, initial_model=str(given))
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-30))
+    second = train(config, tmp_path / "second", progress=False)
+    mine, yours = titans.load(second.checkpoint / "model.safetensors"), titans.load(given)
+    for a, b in zip(mine.parameters(), yours.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    other = replace(config, model=replace(config.model, window=9))
+    with pytest.raises(ValueError, match="its config is not that of the run's model"):
+        train(other, tmp_path / "third", progress=False)
+    assert not (tmp_path / "third").exists()

@@ -24,7 +24,7 @@ from titans.train.batches import Data, open_data
 from titans.train.checkpoint import Training, load_checkpoint, open_run, save_checkpoint
 from titans.train.config import RunConfig, expand_paths, write_cost_at
 from titans.train.evaluate import evaluate
-from titans.train.metrics import Logger, MetricsFile, Row, open_loggers
+from titans.train.metrics import Logger, MetricsFile, Row, open_loggers, require_loggers
 from titans.train.objective import (
     check_gradient,
     check_metrics,
@@ -63,11 +63,12 @@ def train(
     folder = Path(folder)
     with thread_count(config.train.threads), ExitStack() as stack:
         device = choose_device(config.train.device)
+        # All that can be refused is tried before the run's folder is made.
         data = open_data(config)
+        require_loggers(config.train.log)
+        training = new_training(config, device)
         start = open_run(folder, config, resume)
-        if start is None:
-            training = new_training(config, device)
-        else:
+        if start is not None:
             training = load_checkpoint(start, config, device)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
         file = MetricsFile(folder, training.step)

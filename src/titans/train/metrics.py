@@ -1,8 +1,9 @@
 """What a run reports: `metrics.jsonl`, the loggers asked for besides, and a progress bar."""
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,14 +68,19 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     return rows
 
 
+def require_loggers(names: Sequence[str]) -> None:
+    """ImportError naming the extra, before anything is written, where one is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"train.log = {name} needs `pip install titans[log]`")
+
+
 class TensorBoardLogger:
     """Scalars in the run's folder `tensorboard`."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("train.log = tensorboard needs `pip install titans[log]`") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
@@ -90,10 +96,8 @@ class WandbLogger:
     """A run of the project `titans`; a resumed run goes on in the same one."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("train.log = wandb needs `pip install titans[log]`") from error
+        import wandb
+
         name = folder.resolve().name
         digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:8]
         self._run: Any = wandb.init(
@@ -136,10 +140,7 @@ class ProgressBar:
 
 
 def open_loggers(config: RunConfig, folder: Path, step: int, progress: bool) -> Iterator[Logger]:
-    """What a run writes to besides `metrics.jsonl`; close each.
-
-    Raises ImportError naming the extra where one is not installed.
-    """
+    """What a run writes to besides `metrics.jsonl`; close each."""
     for name in config.train.log:
         if name == "tensorboard":
             yield TensorBoardLogger(folder, step)
