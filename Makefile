@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Two test processes of one thread each: more threads than cores would spin against each other.
+TEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 BIN := .venv/bin
 
 .PHONY: demo test test-slow lint format clean
@@ -7,10 +9,10 @@ demo: .venv/ready          ## read a long text, then ask for the facts hidden in
 	$(BIN)/titans demo
 
 test: .venv/ready lint     ## lint, types, and the whole test ladder (under 12 minutes on two cores)
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(TEST) -m "not slow" --durations 10
 
 test-slow: .venv/ready     ## the long stability and training tests
-	$(BIN)/pytest -n 2 -m slow
+	$(TEST) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .
