@@ -93,15 +93,7 @@ class State:
     def load(cls: type[S], path: str | Path, device: torch.device | str = "cpu") -> S:
         """Read a state back. A wrong, damaged or foreign file is a ValueError of one line."""
         tensors, metadata = read_safetensors(path)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a memory file (format {metadata.get('format')!r})")
-        if metadata.get("version") != str(FORMAT_VERSION):
-            raise ValueError(
-                f"{path}: memory file version {metadata.get('version')!r}, "
-                f"this release reads version {FORMAT_VERSION}"
-            )
-        if metadata.get("sha256") != digest(tensors, metadata.get("structure", "")):
-            raise ValueError(f"{path}: damaged memory file (its checksum does not match)")
+        check_header(path, tensors, metadata, "memory", FORMAT_VERSION, "structure")
         try:
             state = _rebuild(json.loads(metadata["structure"]), "", tensors)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -175,6 +167,29 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable safetensors file ({reason})") from None
     return tensors, metadata
+
+
+def check_header(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    kind: str,
+    version: int,
+    header: str,
+) -> None:
+    """ValueError unless the file is a whole `titans-KIND` of that version.
+
+    header: the metadata key whose text the checksum covers besides the tensors.
+    """
+    if metadata.get("format") != f"titans-{kind}":
+        raise ValueError(f"{path}: not a {kind} file (format {metadata.get('format')!r})")
+    if metadata.get("version") != str(version):
+        raise ValueError(
+            f"{path}: {kind} file version {metadata.get('version')!r}, "
+            f"this release reads version {version}"
+        )
+    if metadata.get("sha256") != digest(tensors, metadata.get(header, "")):
+        raise ValueError(f"{path}: damaged {kind} file (its checksum does not match)")
 
 
 def _map(node: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -17,7 +17,14 @@ from titans.models.lmm import LMMMixer
 from titans.models.mac import MACMixer
 from titans.models.mag import MAGMixer
 from titans.models.mal import MALMixer
-from titans.state import ModelState, State, digest, read_safetensors, write_safetensors
+from titans.state import (
+    ModelState,
+    State,
+    check_header,
+    digest,
+    read_safetensors,
+    write_safetensors,
+)
 
 FORMAT = "titans-model"
 FORMAT_VERSION = 1
@@ -201,15 +208,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
     Raises ValueError of one line for a file that is missing, damaged or not a model.
     """
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a model file (format {metadata.get('format')!r})")
-    if metadata.get("version") != str(FORMAT_VERSION):
-        raise ValueError(
-            f"{path}: model file version {metadata.get('version')!r}, "
-            f"this release reads version {FORMAT_VERSION}"
-        )
-    if metadata.get("sha256") != digest(tensors, metadata.get("config", "")):
-        raise ValueError(f"{path}: damaged model file (its checksum does not match)")
+    check_header(path, tensors, metadata, "model", FORMAT_VERSION, "config")
     try:
         config = build(TitansConfig, json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
