@@ -99,6 +99,26 @@ def test_any_setting_exact(data):
     assert_equal_forms(case, "exact")
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("anchor", [True, False])
+def test_groups_and_segments_of_the_fused_scan(monkeypatch, momentum, anchor):
+    """Chunks that share reads, segments that are run again in the backward pass, a rest."""
+    from titans.ops import fused
+
+    monkeypatch.setattr(fused, "GROUP", 4)
+    monkeypatch.setattr(fused, "SEGMENT", 8)
+    case = build(
+        network=RESIDUAL,
+        length=4 * 11 + 3,
+        momentum=momentum,
+        decay="scalar",
+        anchor=anchor,
+        chunk_size=2,
+        offset=1,
+    )
+    assert_equal_forms(case, "chunked")
+
+
 CORNERS = [
     {"learning_rate": 0.0},
     {"decay": 0.0},

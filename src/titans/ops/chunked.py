@@ -1,5 +1,8 @@
 """Any memory network, gradients at the chunk boundary: the closed form, chunk by chunk.
 
+Whole chunks go to `titans.ops.fused` where it applies; here is the form that autograd can
+differentiate by itself, for the partial chunks at both ends and for every setting.
+
 Within a chunk every gradient is taken at the same base weights, so all error signals are one
 batched pass. A layer is then applied to queries without ever building its weights at token t:
 
@@ -8,11 +11,13 @@ batched pass. A layer is then applied to queries without ever building its weigh
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from titans.ops.coefficients import Coefficients, coefficients
+from titans.ops.fused import group_size, neural_memory_fused
 from titans.ops.networks import MemoryNetwork, Objective
 from titans.ops.rule import Gates, MemoryOutput, RuleState
 
@@ -30,7 +35,87 @@ def neural_memory_chunked(
     anchor: Sequence[Tensor] | None,
     max_surprise: float | None,
 ) -> MemoryOutput:
-    """Loop over chunks; tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
+    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
+    length = keys.shape[2]
+    first = min(-state.offset % chunk_size, length)
+    whole = (length - first) // chunk_size * chunk_size
+    if not fusable(gates, max_surprise) or not whole:
+        first, whole = length, 0
+    # Reads of small chunks are grouped: an incomplete group of whole chunks stands alone.
+    grouped = first + whole - whole % group_size(chunk_size)
+    cuts = [0, first, grouped, first + whole, length]
+    parts = []
+    for start, stop in pairwise(cuts):
+        if start == stop:
+            continue
+        q, k, v = (x[:, :, start:stop] for x in (queries, keys, values))
+        run = fused if first <= start < first + whole else closed_form
+        y, surprise, state = run(
+            q,
+            k,
+            v,
+            gates.slice(start, stop),
+            state,
+            network=network,
+            objective=objective,
+            chunk_size=chunk_size,
+            anchor=anchor,
+            max_surprise=max_surprise,
+        )
+        parts.append((y, surprise))
+    outputs, surprises = zip(*parts, strict=True)
+    return MemoryOutput(torch.cat(outputs, 2), state, torch.cat(surprises, 2))
+
+
+def fusable(gates: Gates, max_surprise: float | None) -> bool:
+    """Does `titans.ops.fused` compute this? A compiler fuses the plain form by itself."""
+    scalar = gates.decay is None or all(alpha.ndim == 3 for alpha in gates.decay)
+    return scalar and max_surprise is None and not torch.compiler.is_compiling()
+
+
+def fused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Gates,
+    state: RuleState,
+    *,
+    network: MemoryNetwork,
+    objective: Objective,
+    chunk_size: int,
+    anchor: Sequence[Tensor] | None,
+    max_surprise: float | None,
+) -> tuple[Tensor, Tensor, RuleState]:
+    """Whole chunks, from a chunk boundary on."""
+    output, surprise, W, S = neural_memory_fused(
+        queries,
+        keys,
+        values,
+        gates,
+        state.weights,
+        state.momentum,
+        network=network,
+        objective=objective,
+        chunk_size=chunk_size,
+        anchor=anchor,
+    )
+    return output, surprise, RuleState.after(W, S, W, 0, chunk_size)
+
+
+def closed_form(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Gates,
+    state: RuleState,
+    *,
+    network: MemoryNetwork,
+    objective: Objective,
+    chunk_size: int,
+    anchor: Sequence[Tensor] | None,
+    max_surprise: float | None,
+) -> tuple[Tensor, Tensor, RuleState]:
+    """Loop over chunks, the first and the last maybe partial."""
     W, S, offset = state.weights, state.momentum, state.offset
     base = state.base or W
     outputs, surprises = [], []
@@ -55,7 +140,7 @@ def neural_memory_chunked(
             )
         offset = (offset + stop - start) % chunk_size
     final = RuleState.after(W, S, base, offset, chunk_size)
-    return MemoryOutput(torch.cat(outputs, 2), final, torch.cat(surprises, 2))
+    return torch.cat(outputs, 2), torch.cat(surprises, 2), final
 
 
 def read_layer(

@@ -12,6 +12,7 @@ long sums, so alpha = 1 and eta = 0 neither lose digits nor give NaN (what shoul
 1e-30), and nothing is divided.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +39,22 @@ class Coefficients:
     last: Tensor | None  # (..., C)
     per_channel: bool
 
-    def chunk(self, index: int) -> "Coefficients":
-        """Coefficients of one chunk, where the chunks are axis 2."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else function(x)
+
         return Coefficients(
-            beta=self.beta[:, :, index],
-            m=None if self.m is None else self.m[:, :, index],
-            G=self.G[:, :, index],
-            carry=None if self.carry is None else self.carry[:, :, index],
-            last=None if self.last is None else self.last[:, :, index],
+            beta=function(self.beta),
+            m=of(self.m),
+            G=function(self.G),
+            carry=of(self.carry),
+            last=of(self.last),
             per_channel=self.per_channel,
         )
+
+    def chunk(self, index: int) -> "Coefficients":
+        """Coefficients of one chunk, where the chunks are axis 2."""
+        return self.map(lambda x: x[:, :, index])
 
     def before(self) -> "Coefficients":
         """The same one token earlier: what M_{t-1} is made of (for the exact form)."""
@@ -139,9 +146,12 @@ def coefficients(
 def segment_products(log_gate: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
     """P[t, j] = prod_{j<s<=t} gate_s for j <= t, else 0."""
     length = log_gate.shape[-1]
-    below = torch.ones(length, length, dtype=torch.bool, device=log_gate.device).tril(-1)
-    steps = log_gate[..., :, None].expand(*log_gate.shape, length).masked_fill(~below, 0.0)
-    return steps.cumsum(-2).exp().tril()
+    ones = log_gate.new_ones(length, length)
+    # One product sums every segment: above the diagonal exp(-inf) is the zero that is wanted.
+    above = torch.full_like(ones, -torch.inf).triu(1)
+    steps = log_gate.reshape(-1, length, 1) * ones.tril(-1)
+    sums = torch.baddbmm(above, ones.tril().expand(len(steps), -1, -1), steps)
+    return sums.exp().view(*log_gate.shape, length)
 
 
 def log_retention(decay: Tensor) -> Tensor:

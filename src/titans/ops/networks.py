@@ -101,16 +101,7 @@ class MemoryNetwork:
             if layer < self.depth - 1:
                 inputs.append(activate(self.activation, z))
 
-        last = outputs[-1]
-        normed, inverse_std = layer_norm(last) if self.norm else (last, None)
-        if objective == "l2":
-            delta = normed + keys - values if self.residual else normed - values
-        else:
-            delta = -values
-        if inverse_std is not None:
-            centred = delta - delta.mean(-1, keepdim=True)
-            delta = inverse_std * (centred - normed * (delta * normed).mean(-1, keepdim=True))
-
+        delta, _, _ = output_error(self, outputs[-1], keys, values, objective)
         deltas = [delta]
         for layer in range(self.depth - 1, 0, -1):
             back = deltas[0] @ weights[layer].transpose(-1, -2)
@@ -120,6 +111,52 @@ class MemoryNetwork:
                 bound_gradient(a, d, max_surprise) for a, d in zip(inputs, deltas, strict=True)
             ]
         return inputs, deltas
+
+
+def output_error(
+    network: MemoryNetwork, z: Tensor, keys: Tensor, values: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Error signal at the last layer's output z, and its LayerNorm: normed, inverse std."""
+    normed, inverse_std = layer_norm(z) if network.norm else (z, None)
+    if objective == "l2":
+        error = normed + keys - values if network.residual else normed - values
+    else:
+        error = -values
+    if inverse_std is None:
+        return error, normed, None
+    return layer_norm_backward(normed, inverse_std, error), normed, inverse_std
+
+
+def output_error_backward(
+    network: MemoryNetwork,
+    normed: Tensor,
+    inverse_std: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slope: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of z, keys (None where there is none) and values, from that of `output_error`."""
+    l2 = objective == "l2"
+    d_error = slope
+    if inverse_std is not None:
+        error = -values
+        if l2:
+            error = normed + error + keys if network.residual else normed + error
+        d_error = layer_norm_backward(normed, inverse_std, slope)
+    d_keys = d_error if l2 and network.residual else None
+    if inverse_std is None:
+        return d_error if l2 else torch.zeros_like(d_error), d_keys, -d_error
+    # delta = r (e - mean(e) - n mean(e n)) depends on n and r as well as on e.
+    of_error = (error * normed).mean(-1, keepdim=True)
+    of_slope = (slope * normed).mean(-1, keepdim=True)
+    d_normed = (slope * of_error + error * of_slope) * -inverse_std
+    if l2:
+        d_normed = d_normed + d_error
+    # <slope, delta> / r, and dr/dz = -r^2 n / D
+    d_std = (error * d_error).sum(-1, keepdim=True)
+    d_z = layer_norm_backward(normed, inverse_std, d_normed)
+    return d_z - normed * (d_std * inverse_std / normed.shape[-1]), d_keys, -d_error
 
 
 def bound_gradient(a: Tensor, delta: Tensor, limit: float) -> Tensor:
@@ -140,6 +177,21 @@ def activation_slope(name: Activation, z: Tensor) -> Tensor:
         return cdf + z * torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
     sigmoid = torch.sigmoid(z)
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
+
+
+def activation_curvature(name: Activation, z: Tensor) -> Tensor:
+    """Second derivative of `activate` at z."""
+    if name == "gelu":
+        density = torch.exp(z.square().mul_(-0.5)).mul_(1.0 / math.sqrt(2.0 * math.pi))
+        return density.mul_(2.0 - z.square())
+    sigmoid = torch.sigmoid(z)
+    return sigmoid * (1.0 - sigmoid) * (2.0 + z * (1.0 - 2.0 * sigmoid))
+
+
+def layer_norm_backward(normed: Tensor, inverse_std: Tensor, slope: Tensor) -> Tensor:
+    """Gradient of z, from that of LayerNorm(z)."""
+    centred = slope - slope.mean(-1, keepdim=True)
+    return inverse_std * (centred - normed * (slope * normed).mean(-1, keepdim=True))
 
 
 def layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
