@@ -108,8 +108,9 @@ def test_groups_and_segments_of_the_fused_scan(monkeypatch, momentum, anchor):
     monkeypatch.setattr(fused, "GROUP", 4)
     monkeypatch.setattr(fused, "SEGMENT", 8)
     case = build(
+        1,
         network=RESIDUAL,
-        length=4 * 11 + 3,
+        length=4 * 5 + 3,
         momentum=momentum,
         decay="scalar",
         anchor=anchor,

@@ -152,7 +152,10 @@ class Mixing(NamedTuple):
     last: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Mixing":
-        return Mixing(*(None if t is None else function(t) for t in self))
+        made: dict[str, Any] = {
+            name: None if t is None else function(t) for name, t in self._asdict().items()
+        }
+        return Mixing(**made)
 
 
 def mixing(plan: Plan, gates: Sequence[Tensor]) -> dict[GateSet, Mixing]:
@@ -217,7 +220,8 @@ def chunk_errors(plan: Plan, at: Sequence[Tensor], k: Tensor, v: Tensor) -> Erro
         if layer < plan.depth - 1:
             inputs.append(activate(network.activation, outputs[-1]))
     delta, normed, inverse_std = output_error(network, outputs[-1], k, v, plan.objective)
-    deltas, back = [delta], []
+    deltas = [delta]
+    back: list[Tensor] = []
     for layer in range(plan.depth - 1, 0, -1):
         back.insert(0, torch.bmm(deltas[0], at[layer].transpose(1, 2)))
         deltas.insert(0, times_slope(network.activation, back[0], outputs[layer - 1]))
