@@ -180,7 +180,11 @@ def gradients(
 def pull_back(parts: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a fixed random sum of everything in `parts`."""
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in parts.values()]
+    # Drawn in float64 whatever the precision: a seed gives other numbers in float32.
+    weights = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
+        for t in parts.values()
+    ]
     loss = torch.stack([(t * w).sum() for t, w in zip(parts.values(), weights, strict=True)]).sum()
     slopes = torch.autograd.grad(
         loss, list(leaves.values()), allow_unused=True, materialize_grads=True

@@ -1,8 +1,16 @@
 """What all tests share: property tests draw the same examples on every machine and every run."""
 
+import os
+
 import jaxtyping
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Triton reads it when it is first imported, which any test may cause. With a GPU the kernels run
+# there (tests/ops/test_triton_gpu.py), without one in the interpreter (test_triton.py).
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
     "titans",

@@ -19,6 +19,7 @@ LAYERS = [
     ("data",),
     ("train", "evals"),
     ("demo",),
+    ("bench",),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -29,8 +30,8 @@ def imported(path: Path) -> set[str]:
     """Top-level parts of `titans` that a module imports anywhere, also inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("titans"):
-            parts = node.module.split(".")
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("titans."):
+            parts = str(node.module).split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("titans.")}

@@ -88,7 +88,7 @@ class MemoryConfig:
     """After that convolution."""
     output_gate: bool = True
     """Gate the normalised read by silu of a linear map of the input."""
-    impl: Literal["auto", "reference", "chunked", "exact"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "exact", "native", "triton"] = "auto"
     """Which form of the rule runs; see `titans.ops.neural_memory`."""
     block_size: int = 64
     """Tokens the exact form solves at once; speed only."""

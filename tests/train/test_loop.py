@@ -139,7 +139,15 @@ def test_a_signal_ends_the_step_and_a_resumed_run_goes_on(tiny, tmp_path, monkey
     assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
 
 
-def test_a_second_signal_acts_at_once():
+@pytest.fixture
+def python_handler():
+    """Python's own handler, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(python_handler):
     with stop_request() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.made

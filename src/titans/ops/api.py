@@ -1,7 +1,10 @@
 """The one public op: validate once, then dispatch on `impl`."""
 
-from collections.abc import Sequence
-from typing import Literal
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -9,12 +12,14 @@ from torch import Tensor
 
 from titans.ops.chunked import neural_memory_chunked
 from titans.ops.exact import neural_memory_exact
+from titans.ops.native import BuildError, compiled, neural_memory_native, unsupported
 from titans.ops.networks import OBJECTIVES, MemoryNetwork, Objective
 from titans.ops.reference import neural_memory_reference
 from titans.ops.rule import Gates, MemoryOutput, RuleState
+from titans.ops.triton import check_available, neural_memory_triton
 
-Implementation = Literal["auto", "reference", "chunked", "exact"]
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "exact")
+Implementation = Literal["auto", "reference", "chunked", "exact", "native", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
 Gate = Tensor | Sequence[Tensor]
 
 
@@ -58,19 +63,24 @@ def neural_memory(
             anchor + state.weights, and decay pulls it towards the anchor instead of zero.
         max_surprise: bound on the norm of each token's gradient, per layer; None for none.
         impl: "reference" (loop), "chunked" (any network), "exact" (linear network,
-            chunk_size 1), or "auto": exact where it applies, else chunked.
+            chunk_size 1), "native" (either of those two, compiled for the CPU), "triton" (GPU
+            kernels), or "auto": native, exact or chunked, see `resolve_implementation`.
 
     Returns:
         MemoryOutput(output (B, T, H, V) in the queries' dtype, state, surprise (B, T, H)).
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit, naming what was expected.
+        RuntimeError: impl="triton" without triton or without a GPU.
     """
     check_settings(chunk_size, block_size, objective, max_surprise)
     check_inputs(queries, keys, values, network)
     check_state(state, keys, values, network, momentum is not None, chunk_size)
     check_anchor(anchor, state)
-    form = resolve_implementation(impl, network, chunk_size, max_surprise)
+    per_channel = any(a.ndim == 4 for a in each_gate(decay))
+    form = resolve_implementation(
+        impl, network, chunk_size, max_surprise, per_channel=per_channel, device=keys.device.type
+    )
 
     compute = state.weights[0].dtype
     batch, length, heads, _ = keys.shape
@@ -85,39 +95,30 @@ def neural_memory(
             "decay", decay, network, (batch, length, heads), compute, [*keys.shape, *values.shape]
         ),
     )
-    q, k, v = (x.to(compute).transpose(1, 2) for x in (queries, keys, values))
+    # On a GPU the tokens stay short: matrix products of bf16 are exact sums in float32.
+    tokens = (queries, keys, values)
+    q, k, v = ((x if form == "triton" else x.to(compute)).transpose(1, 2) for x in tokens)
+    options: dict[str, Any] = {"network": network, "objective": objective, "anchor": anchor}
+    if form in ("exact", "triton"):
+        options["block_size"] = block_size
+    if form != "exact":
+        options |= {"chunk_size": chunk_size, "max_surprise": max_surprise}
     with torch.autocast(q.device.type, enabled=False):  # the memory keeps its own precision
-        if form == "exact":
-            result = neural_memory_exact(
-                q,
-                k,
-                v,
-                gates,
-                state,
-                network=network,
-                objective=objective,
-                block_size=block_size,
-                anchor=anchor,
-            )
-        else:
-            run = neural_memory_reference if form == "reference" else neural_memory_chunked
-            result = run(
-                q,
-                k,
-                v,
-                gates,
-                state,
-                network=network,
-                objective=objective,
-                chunk_size=chunk_size,
-                anchor=anchor,
-                max_surprise=max_surprise,
-            )
+        result = FORMS[form](q, k, v, gates, state, **options)
     return MemoryOutput(
         result.output.transpose(1, 2).to(queries.dtype),
         result.state,
         result.surprise.transpose(1, 2),
     )
+
+
+FORMS: dict[str, Callable[..., MemoryOutput]] = {
+    "reference": neural_memory_reference,
+    "chunked": neural_memory_chunked,
+    "exact": neural_memory_exact,
+    "triton": neural_memory_triton,
+    "native": partial(neural_memory_chunked, scan=neural_memory_native),
+}
 
 
 def read_memory(
@@ -135,21 +136,71 @@ def read_memory(
 
 
 def resolve_implementation(
-    impl: str, network: MemoryNetwork, chunk_size: int, max_surprise: float | None
+    impl: str,
+    network: MemoryNetwork,
+    chunk_size: int,
+    max_surprise: float | None = None,
+    *,
+    per_channel: bool = False,
+    device: str = "cpu",
 ) -> str:
-    """What `impl` runs. An implementation that does not apply is refused, never replaced."""
+    """What `impl` runs. An implementation that does not apply is refused, never replaced.
+
+    "auto" is native where that applies and a C compiler is there, else exact where that applies,
+    else chunked; the kernels of "triton" have to be asked for. What it is and why is logged once
+    per setting (logger `titans`).
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     exact = network.linear and chunk_size == 1 and max_surprise is None
     if impl == "auto":
-        return "exact" if exact else "chunked"
+        if torch.compiler.is_compiling():  # a compiler fuses the plain forms by itself
+            return "exact" if exact else "chunked"
+        return automatic(network, exact, max_surprise, per_channel, device)
     if impl == "exact" and not exact:
         raise ValueError(
             "impl='exact' needs a linear memory (depth 1, no norm), chunk_size 1 and no "
             f"max_surprise, got depth {network.depth}, norm {network.norm}, "
             f"chunk_size {chunk_size}, max_surprise {max_surprise}"
         )
+    if impl == "triton":
+        check_available(device)
+    if impl == "native":
+        reason = unsupported(network, max_surprise, per_channel, device)
+        if reason is not None:
+            raise ValueError(f"impl='native' needs {reason}")
+        try:
+            compiled()
+        except BuildError as error:
+            raise ValueError(f"impl='native' is not to be had: {error}") from None
     return impl
+
+
+@functools.cache
+def automatic(
+    network: MemoryNetwork,
+    exact: bool,
+    max_surprise: float | None,
+    per_channel: bool,
+    device: str,
+) -> str:
+    """What impl="auto" is for these settings."""
+    log = logging.getLogger("titans")
+    reason = unsupported(network, max_surprise, per_channel, device)
+    if reason is None:
+        try:
+            compiled()
+        except BuildError as error:
+            log.warning("the compiled memory is not to be had, a slower form runs: %s", error)
+            reason = "a C compiler"
+    form = "native" if reason is None else "exact" if exact else "chunked"
+    why = "" if reason is None else f" (native needs {reason})"
+    log.info("impl='auto' is %r for %s on %s%s", form, network, device, why)
+    return form
+
+
+def each_gate(gate: Gate | None) -> Sequence[Tensor]:
+    return [] if gate is None else [gate] if isinstance(gate, Tensor) else gate
 
 
 def check_settings(

@@ -9,7 +9,7 @@ batched pass. A layer is then applied to queries without ever building its weigh
     a_t W_t = beta_t (a_t W_0) + m_t (a_t S_0) - sum_{i<=t} G[t,i] <a_t, a_i> delta_i
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -20,6 +20,9 @@ from titans.ops.coefficients import Coefficients, coefficients
 from titans.ops.fused import group_size, neural_memory_fused
 from titans.ops.networks import MemoryNetwork, Objective
 from titans.ops.rule import Gates, MemoryOutput, RuleState
+
+# (queries, keys, values, gates, weights, momentum, **settings) -> output, surprise, and both after.
+Scan = Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]]
 
 
 def neural_memory_chunked(
@@ -34,8 +37,9 @@ def neural_memory_chunked(
     chunk_size: int,
     anchor: Sequence[Tensor] | None,
     max_surprise: float | None,
+    scan: Scan = neural_memory_fused,
 ) -> MemoryOutput:
-    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`."""
+    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks."""
     length = keys.shape[2]
     first = min(-state.offset % chunk_size, length)
     whole = (length - first) // chunk_size * chunk_size
@@ -49,20 +53,37 @@ def neural_memory_chunked(
         if start == stop:
             continue
         q, k, v = (x[:, :, start:stop] for x in (queries, keys, values))
-        run = fused if first <= start < first + whole else closed_form
-        y, surprise, state = run(
-            q,
-            k,
-            v,
-            gates.slice(start, stop),
-            state,
-            network=network,
-            objective=objective,
-            chunk_size=chunk_size,
-            anchor=anchor,
-            max_surprise=max_surprise,
-        )
+        piece = gates.slice(start, stop)
+        if first <= start < first + whole:
+            y, surprise, W, S = scan(
+                q,
+                k,
+                v,
+                piece,
+                state.weights,
+                state.momentum,
+                network=network,
+                objective=objective,
+                chunk_size=chunk_size,
+                anchor=anchor,
+            )
+            state = RuleState.after(W, S, W, 0, chunk_size)
+        else:
+            y, surprise, state = closed_form(
+                q,
+                k,
+                v,
+                piece,
+                state,
+                network=network,
+                objective=objective,
+                chunk_size=chunk_size,
+                anchor=anchor,
+                max_surprise=max_surprise,
+            )
         parts.append((y, surprise))
+    if len(parts) == 1:
+        return MemoryOutput(y, state, surprise)
     outputs, surprises = zip(*parts, strict=True)
     return MemoryOutput(torch.cat(outputs, 2), state, torch.cat(surprises, 2))
 
@@ -71,35 +92,6 @@ def fusable(gates: Gates, max_surprise: float | None) -> bool:
     """Does `titans.ops.fused` compute this? A compiler fuses the plain form by itself."""
     scalar = gates.decay is None or all(alpha.ndim == 3 for alpha in gates.decay)
     return scalar and max_surprise is None and not torch.compiler.is_compiling()
-
-
-def fused(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Gates,
-    state: RuleState,
-    *,
-    network: MemoryNetwork,
-    objective: Objective,
-    chunk_size: int,
-    anchor: Sequence[Tensor] | None,
-    max_surprise: float | None,
-) -> tuple[Tensor, Tensor, RuleState]:
-    """Whole chunks, from a chunk boundary on."""
-    output, surprise, W, S = neural_memory_fused(
-        queries,
-        keys,
-        values,
-        gates,
-        state.weights,
-        state.momentum,
-        network=network,
-        objective=objective,
-        chunk_size=chunk_size,
-        anchor=anchor,
-    )
-    return output, surprise, RuleState.after(W, S, W, 0, chunk_size)
 
 
 def closed_form(

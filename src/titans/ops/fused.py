@@ -35,13 +35,10 @@ from titans.ops.networks import (
     output_error,
     output_error_backward,
 )
-from titans.ops.rule import Gates
+from titans.ops.rule import Gates, GateSet
 
 GROUP = 64  # tokens read at once
 SEGMENT = 4096  # tokens whose intermediate results are kept at once
-
-# Positions of (learning rate, momentum, decay) among the distinct gate tensors.
-GateSet = tuple[int, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def neural_memory_fused(
     batch, heads, length, _ = keys.shape
     group = min(group_size(chunk_size), length)
     segment = group * max(1, SEGMENT // group, math.isqrt(length // group))
-    distinct, positions = distinct_gates(gates)
+    distinct, positions = gates.distinct()
     plan = Plan(network, objective, positions, chunk_size, group, segment)
 
     def merged(x: Tensor) -> Tensor:
@@ -108,24 +105,6 @@ def neural_memory_fused(
     after = tuple(split(w) for w in final)
     past = None if momentum is None else after[network.depth :]
     return split(output), split(surprise), after[: network.depth], past
-
-
-def distinct_gates(gates: Gates) -> tuple[list[Tensor], tuple[GateSet, ...]]:
-    """The gate tensors without repetition, and where each layer's are among them."""
-    found: dict[int, tuple[int, Tensor]] = {}
-
-    def place(gate: Tensor) -> int:
-        return found.setdefault(id(gate), (len(found), gate))[0]
-
-    positions = tuple(
-        (
-            place(rate),
-            None if gates.momentum is None else place(gates.momentum[layer]),
-            None if gates.decay is None else place(gates.decay[layer]),
-        )
-        for layer, rate in enumerate(gates.learning_rate)
-    )
-    return [gate for _, gate in found.values()], positions
 
 
 class Rule(NamedTuple):

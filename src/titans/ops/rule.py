@@ -60,6 +60,10 @@ class RuleState(State):
         return cls(weights=tuple(weights), momentum=past, base=at, offset=offset)
 
 
+# Positions of a layer's (learning rate, momentum, decay) among the distinct gate tensors.
+GateSet = tuple[int, int | None, int | None]
+
+
 class MemoryOutput(NamedTuple):
     """output: (B, T, H, V) reads. state: after the last token.
     surprise: (B, T, H), norm of the momentary surprise: the error signal at the last layer."""
@@ -84,6 +88,23 @@ class Gates(NamedTuple):
             return theta, eta, None
         alpha = self.decay[layer][:, :, t, ..., None]  # (B, H, 1) or (B, H, in, 1)
         return theta, eta, alpha if alpha.ndim == 4 else alpha[..., None]
+
+    def distinct(self) -> tuple[list[Tensor], tuple[GateSet, ...]]:
+        """The gate tensors without repetition, and where each layer's are among them."""
+        found: dict[int, tuple[int, Tensor]] = {}
+
+        def place(gate: Tensor) -> int:
+            return found.setdefault(id(gate), (len(found), gate))[0]
+
+        positions = tuple(
+            (
+                place(rate),
+                None if self.momentum is None else place(self.momentum[layer]),
+                None if self.decay is None else place(self.decay[layer]),
+            )
+            for layer, rate in enumerate(self.learning_rate)
+        )
+        return [gate for _, gate in found.values()], positions
 
     def slice(self, start: int, stop: int) -> "Gates":
         """Gates of the tokens start..stop."""

@@ -1,0 +1,361 @@
+/* Small dense products and the elementwise functions of a memory network, on one thread.
+ *
+ * REAL is float or double. Vectors are as wide as the processor's; every matrix is row-major.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+enum { ROWS = 8 };
+#elif defined(__AVX__)
+#define BYTES 32
+enum { ROWS = 6 };
+#else
+#define BYTES 16
+enum { ROWS = 6 };
+#endif
+
+typedef REAL V __attribute__((vector_size(BYTES)));
+typedef REAL Unaligned
+    __attribute__((vector_size(BYTES), aligned(__alignof__(REAL)), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = BYTES / sizeof(REAL),
+    WIDTH = 2 * LANES, /* columns of a register tile */
+    DEPTH = 256        /* rows of a packed panel */
+};
+
+INLINE V load(const REAL *p) { return *(const Unaligned *)p; }
+INLINE void store(REAL *p, V x) { *(Unaligned *)p = x; }
+INLINE V fill(REAL x) { return (V){0} + x; }
+
+/* `count` <= LANES numbers, the rest zero. */
+INLINE V load_some(const REAL *p, int count) {
+    if (count == LANES) return load(p);
+    V x = {0};
+    memcpy(&x, p, count * sizeof(REAL));
+    return x;
+}
+
+INLINE void store_some(REAL *p, V x, int count) {
+    if (count == LANES)
+        store(p, x);
+    else
+        memcpy(p, &x, count * sizeof(REAL));
+}
+
+INLINE int least(int a, int b) { return a < b ? a : b; }
+
+/* One register tile: rows x WIDTH of C = [C +] alpha A B, with B in a packed panel. */
+INLINE void tile(int rows, int depth, REAL alpha, const REAL *a, int64_t row, int64_t column,
+                 const REAL *panel, int add, REAL *c, int64_t ldc, int width) {
+    V sum[ROWS][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = fill(0);
+    for (int p = 0; p < depth; p++) {
+        const V left = *(const V *)(panel + p * WIDTH);
+        const V right = *(const V *)(panel + p * WIDTH + LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const REAL x = a[i * row + p * column];
+            sum[i][0] += left * x;
+            sum[i][1] += right * x;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int count = least(LANES, width - half * LANES);
+            if (count > 0) {
+                REAL *at = c + i * ldc + half * LANES;
+                V value = sum[i][half] * alpha;
+                if (add) value += load_some(at, count);
+                store_some(at, value, count);
+            }
+        }
+    }
+}
+
+#define TILE(n) \
+    case n: tile(n, depth, alpha, a, row, column, panel, add, c, ldc, width); break;
+
+static void tiles(int rows, int depth, REAL alpha, const REAL *a, int64_t row, int64_t column,
+                  const REAL *panel, int add, REAL *c, int64_t ldc, int width) {
+    switch (rows) {
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if BYTES == 64
+        TILE(7) TILE(8)
+#endif
+    }
+}
+
+/* LANES x LANES numbers of b (leading size ldb), transposed into the panel. */
+static void pack_block(const REAL *b, int64_t ldb, REAL *panel) {
+    for (int j = 0; j < LANES; j++) {
+        const V x = load(b + j * ldb);
+        for (int p = 0; p < LANES; p++) panel[p * WIDTH + j] = x[p];
+    }
+}
+
+static void pack(int transposed, const REAL *b, int64_t ldb, int depth, int width, REAL *panel) {
+    if (width < WIDTH) memset(panel, 0, sizeof(REAL) * depth * WIDTH);
+    if (!transposed) {
+        for (int p = 0; p < depth; p++)
+            for (int j = 0; j < width; j += LANES)
+                store_some(panel + p * WIDTH + j, load_some(b + p * ldb + j, least(LANES, width - j)),
+                           least(LANES, width - j));
+        return;
+    }
+    for (int j = 0; j < width; j += LANES) {
+        int p = 0;
+        if (width - j >= LANES)
+            for (; p + LANES <= depth; p += LANES)
+                pack_block(b + j * ldb + p, ldb, panel + p * WIDTH + j);
+        for (; p < depth; p++)
+            for (int i = j; i < least(j + LANES, width); i++)
+                panel[p * WIDTH + i] = b[i * ldb + p];
+    }
+}
+
+/* C (m x n) = [C +] alpha op(A) op(B); op transposes where `ta`, `tb` say so. */
+static void product(int ta, int tb, int m, int n, int k, REAL alpha, const REAL *a, int64_t lda,
+                    const REAL *b, int64_t ldb, int add, REAL *c, int64_t ldc) {
+    _Alignas(BYTES) REAL panel[DEPTH * WIDTH];
+    const int64_t row = ta ? 1 : lda, column = ta ? lda : 1;
+    for (int p = 0; p < k; p += DEPTH) {
+        const int depth = least(DEPTH, k - p), keep = add || p > 0;
+        for (int j = 0; j < n; j += WIDTH) {
+            const int width = least(WIDTH, n - j);
+            pack(tb, tb ? b + j * ldb + p : b + p * ldb + j, ldb, depth, width, panel);
+            for (int i = 0; i < m; i += ROWS)
+                tiles(least(ROWS, m - i), depth, alpha, a + i * row + p * column, row, column, panel,
+                      keep, c + i * ldc + j, ldc, width);
+        }
+    }
+}
+
+/* y (1 x n) = [y +] alpha x W, W (k x n): every row of W is read once. */
+static void row_product(int n, int k, REAL alpha, const REAL *x, const REAL *w, int add, REAL *y) {
+    enum { SPAN = 8 };
+    for (int j = 0; j < n; j += SPAN * LANES) {
+        const int parts = least(SPAN, (n - j + LANES - 1) / LANES);
+        V sum[SPAN];
+        for (int i = 0; i < SPAN; i++) sum[i] = fill(0);
+        if (n - j >= SPAN * LANES) {
+            for (int p = 0; p < k; p++)
+                for (int i = 0; i < SPAN; i++) sum[i] += load(w + (int64_t)p * n + j + i * LANES) * x[p];
+        } else {
+            for (int p = 0; p < k; p++)
+                for (int i = 0; i < parts; i++)
+                    sum[i] += load_some(w + (int64_t)p * n + j + i * LANES,
+                                        least(LANES, n - j - i * LANES)) * x[p];
+        }
+        for (int i = 0; i < parts; i++) {
+            const int count = least(LANES, n - j - i * LANES);
+            REAL *at = y + j + i * LANES;
+            V value = sum[i] * alpha;
+            if (add) value += load_some(at, count);
+            store_some(at, value, count);
+        }
+    }
+}
+
+INLINE REAL total(V x) {
+    REAL sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+static REAL dot(int64_t n, const REAL *x, const REAL *y) {
+    V sum[4] = {{0}, {0}, {0}, {0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) sum[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
+    REAL rest = 0;
+    for (; i < n; i++) rest += x[i] * y[i];
+    return total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+/* y (1 x n) = [y +] alpha x W^T, W (n x k). */
+static void row_product_transposed(int n, int k, REAL alpha, const REAL *x, const REAL *w, int add,
+                                   REAL *y) {
+    for (int j = 0; j < n; j++) {
+        const REAL value = alpha * dot(k, x, w + (int64_t)j * k);
+        y[j] = add ? y[j] + value : value;
+    }
+}
+
+/* C (m x n) = [C +] alpha A B, contiguous. */
+static void times(int m, int n, int k, REAL alpha, const REAL *a, const REAL *b, int add, REAL *c) {
+    if (m == 1)
+        row_product(n, k, alpha, a, b, add, c);
+    else
+        product(0, 0, m, n, k, alpha, a, k, b, n, add, c, n);
+}
+
+/* C (m x n) = [C +] alpha A B^T, B (n x k). */
+static void times_transposed(int m, int n, int k, REAL alpha, const REAL *a, const REAL *b, int add,
+                             REAL *c) {
+    if (m == 1)
+        row_product_transposed(n, k, alpha, a, b, add, c);
+    else
+        product(0, 1, m, n, k, alpha, a, k, b, k, add, c, n);
+}
+
+/* C (m x n) += alpha A^T B, A (k x m), B (k x n). */
+static void add_outer(int m, int n, int k, REAL alpha, const REAL *a, const REAL *b, REAL *c) {
+    if (k == 1)
+        for (int i = 0; i < m; i++) {
+            const REAL x = alpha * a[i];
+            for (int j = 0; j < n; j++) c[(int64_t)i * n + j] += x * b[j];
+        }
+    else
+        product(1, 0, m, n, k, alpha, a, m, b, n, 1, c, n);
+}
+
+/* Row t of y (m x n) = [y +] scale[t] * row t of x. */
+static void scale_rows(int m, int n, const REAL *scale, const REAL *x, int add, REAL *y) {
+    for (int t = 0; t < m; t++)
+        for (int j = 0; j < n; j++) {
+            const REAL value = scale[t] * x[(int64_t)t * n + j];
+            y[(int64_t)t * n + j] = add ? y[(int64_t)t * n + j] + value : value;
+        }
+}
+
+/* Activations: value, slope and curvature at z. */
+
+#if REAL_IS_DOUBLE
+INLINE V exponential(V x) {
+    for (int i = 0; i < LANES; i++) x[i] = exp(x[i]);
+    return x;
+}
+
+INLINE void normal(V z, V *density, V *cumulative) {
+    *density = exponential(z * z * -0.5) * 0.3989422804014326779;
+    for (int i = 0; i < LANES; i++) (*cumulative)[i] = 0.5 * erfc(z[i] * -0.7071067811865475244);
+}
+#else
+typedef int32_t I __attribute__((vector_size(BYTES)));
+
+INLINE V choose(I yes, V a, V b) { return (V)((yes & (I)a) | (~yes & (I)b)); }
+
+/* 2^n e^r with |r| <= ln(2) / 2; Taylor's polynomial to r^7 is exact to half a unit there. */
+INLINE V exponential(V x) {
+    x = choose(x < -87.0f, fill(-87.0f), x);
+    x = choose(x > 88.0f, fill(88.0f), x);
+    const V shifted = x * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    V p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
+}
+
+/* The upper tail is density * t * P(t), t = 1 / (1 + 0.26 |z|): P is the weighted least-squares
+ * fit of degree 8 to Mills' ratio over t, relative error 2.5e-8 up to |z| = 14. */
+INLINE void normal(V z, V *density, V *cumulative) {
+    *density = exponential(z * z * -0.5f) * 0.398942280f;
+    const I positive = z > 0.0f;
+    const V t = 1.0f / (1.0f + 0.26f * choose(positive, z, -z));
+    V p = t * 0.07646467f - 0.3830863f;
+    p = p * t + 0.63039767f;
+    p = p * t - 0.37837569f;
+    p = p * t + 0.40343827f;
+    p = p * t + 0.12790669f;
+    p = p * t + 0.25825873f;
+    p = p * t + 0.25822468f;
+    p = p * t + 0.26008539f;
+    const V tail = *density * t * p;
+    *cumulative = choose(positive, 1.0f - tail, tail);
+}
+#endif
+
+INLINE void activation(int gelu, V z, V *value, V *slope, V *curvature) {
+    if (gelu) {
+        V density, cumulative;
+        normal(z, &density, &cumulative);
+        *value = z * cumulative;
+        *slope = cumulative + z * density;
+        *curvature = density * (2 - z * z);
+    } else {
+        const V s = 1 / (1 + exponential(-z));
+        *value = z * s;
+        *slope = s * (1 + z * (1 - s));
+        *curvature = s * (1 - s) * (2 + z * (1 - 2 * s));
+    }
+}
+
+static void activate(int gelu, int64_t n, const REAL *z, REAL *h) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? n - i : LANES;
+        V value, slope, curvature;
+        activation(gelu, load_some(z + i, count), &value, &slope, &curvature);
+        store_some(h + i, value, count);
+    }
+}
+
+/* y = x * activate'(z) */
+static void times_slope(int gelu, int64_t n, const REAL *x, const REAL *z, REAL *y) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? n - i : LANES;
+        V value, slope, curvature;
+        activation(gelu, load_some(z + i, count), &value, &slope, &curvature);
+        store_some(y + i, load_some(x + i, count) * slope, count);
+    }
+}
+
+/* Of delta = back * activate'(z): grown *= activate'(z) (gradient of back), and
+ * bent = grown * back * activate''(z), slopes = activate'(z). */
+static void slope_backward(int gelu, int64_t n, const REAL *z, const REAL *back, REAL *grown,
+                           REAL *bent, REAL *slopes) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? n - i : LANES;
+        V value, slope, curvature;
+        activation(gelu, load_some(z + i, count), &value, &slope, &curvature);
+        const V g = load_some(grown + i, count);
+        store_some(bent + i, g * load_some(back + i, count) * curvature, count);
+        store_some(grown + i, g * slope, count);
+        store_some(slopes + i, slope, count);
+    }
+}
+
+/* LayerNorm without gain, row by row; `inverse` holds one inverse standard deviation a row. */
+static void layer_norm(int m, int n, const REAL *z, REAL *normed, REAL *inverse) {
+    for (int t = 0; t < m; t++, z += n, normed += n) {
+        REAL mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int j = 0; j < n; j++) mean += z[j];
+        mean /= n;
+#pragma omp simd reduction(+ : square)
+        for (int j = 0; j < n; j++) square += (z[j] - mean) * (z[j] - mean);
+        inverse[t] = 1 / (REAL)sqrt(square / n + (REAL)1e-5);
+        for (int j = 0; j < n; j++) normed[j] = (z[j] - mean) * inverse[t];
+    }
+}
+
+/* Gradient of z from that of LayerNorm(z); in place where dz = slope. */
+static void layer_norm_backward(int m, int n, const REAL *normed, const REAL *inverse,
+                                const REAL *slope, REAL *dz) {
+    for (int t = 0; t < m; t++, normed += n, slope += n, dz += n) {
+        REAL mean = 0, along = 0;
+#pragma omp simd reduction(+ : mean, along)
+        for (int j = 0; j < n; j++) {
+            mean += slope[j];
+            along += slope[j] * normed[j];
+        }
+        mean /= n;
+        along /= n;
+        for (int j = 0; j < n; j++) dz[j] = inverse[t] * (slope[j] - mean - normed[j] * along);
+    }
+}
