@@ -79,6 +79,7 @@ class TitansLM(nn.Module):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         self.config = config
+        self.config_hash = config.hash()
         self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -110,7 +111,7 @@ class TitansLM(nn.Module):
         """The state before the first token: learned M_0, after the persistent tokens."""
         mixers: list[Any] = [block.mixer for block in self.blocks]
         blocks = tuple(mixer.init_state(batch_size) for mixer in mixers)
-        return ModelState(blocks=blocks, position=0, config_hash=self.config.hash())
+        return ModelState(blocks=blocks, position=0, config_hash=self.config_hash)
 
     def forward(
         self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
@@ -160,10 +161,10 @@ class TitansLM(nn.Module):
     def check_state(self, state: ModelState, batch_size: int) -> None:
         if not isinstance(state, ModelState):
             raise ValueError(f"state must be a ModelState, got {type(state).__name__}")
-        if state.config_hash != self.config.hash():
+        if state.config_hash != self.config_hash:
             raise ValueError(
                 f"this memory belongs to another model (config {state.config_hash}, "
-                f"this one is {self.config.hash()})"
+                f"this one is {self.config_hash})"
             )
         first = next(iter(state.tensors().values()))
         if first.shape[0] != batch_size:

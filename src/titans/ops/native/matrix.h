@@ -22,6 +22,11 @@ enum { ROWS = 6 };
 typedef REAL V __attribute__((vector_size(BYTES)));
 typedef REAL Unaligned
     __attribute__((vector_size(BYTES), aligned(__alignof__(REAL)), may_alias));
+#if REAL_IS_DOUBLE
+typedef int64_t I __attribute__((vector_size(BYTES)));
+#else
+typedef int32_t I __attribute__((vector_size(BYTES)));
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
@@ -97,10 +102,31 @@ static void tiles(int rows, int depth, REAL alpha, const REAL *a, int64_t row, i
 
 /* LANES x LANES numbers of b (leading size ldb), transposed into the panel. */
 static void pack_block(const REAL *b, int64_t ldb, REAL *panel) {
+#ifdef __clang__
+    for (int j = 0; j < LANES; j++)
+        for (int p = 0; p < LANES; p++) panel[p * WIDTH + j] = b[j * ldb + p];
+#else
+    V x[LANES];
+    I lane;
     for (int j = 0; j < LANES; j++) {
-        const V x = load(b + j * ldb);
-        for (int p = 0; p < LANES; p++) panel[p * WIDTH + j] = x[p];
+        x[j] = load(b + j * ldb);
+        lane[j] = j;
     }
+    /* Blocks of 1, 2, 4, ... lanes change places across the diagonal. */
+#pragma GCC unroll 4
+    for (int span = 1; span < LANES; span *= 2) {
+        const I odd = ((lane & span) != 0) & (LANES - span), low = lane + odd, high = low + span;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & span)) {
+                const V first = x[i], second = x[i + span];
+                x[i] = __builtin_shuffle(first, second, low);
+                x[i + span] = __builtin_shuffle(first, second, high);
+            }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < LANES; p++) *(V *)(panel + p * WIDTH) = x[p];
+#endif
 }
 
 static void pack(int transposed, const REAL *b, int64_t ldb, int depth, int width, REAL *panel) {
@@ -123,9 +149,13 @@ static void pack(int transposed, const REAL *b, int64_t ldb, int depth, int widt
     }
 }
 
+/* What is known of a product: only the lower triangle of C is wanted (the rest is left as it is),
+ * or op(A) is lower or upper triangular. */
+typedef enum { FULL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT } Shape;
+
 /* C (m x n) = [C +] alpha op(A) op(B); op transposes where `ta`, `tb` say so. */
-static void product(int ta, int tb, int m, int n, int k, REAL alpha, const REAL *a, int64_t lda,
-                    const REAL *b, int64_t ldb, int add, REAL *c, int64_t ldc) {
+static void product(Shape shape, int ta, int tb, int m, int n, int k, REAL alpha, const REAL *a,
+                    int64_t lda, const REAL *b, int64_t ldb, int add, REAL *c, int64_t ldc) {
     _Alignas(BYTES) REAL panel[DEPTH * WIDTH];
     const int64_t row = ta ? 1 : lda, column = ta ? lda : 1;
     for (int p = 0; p < k; p += DEPTH) {
@@ -133,9 +163,15 @@ static void product(int ta, int tb, int m, int n, int k, REAL alpha, const REAL 
         for (int j = 0; j < n; j += WIDTH) {
             const int width = least(WIDTH, n - j);
             pack(tb, tb ? b + j * ldb + p : b + p * ldb + j, ldb, depth, width, panel);
-            for (int i = 0; i < m; i += ROWS)
-                tiles(least(ROWS, m - i), depth, alpha, a + i * row + p * column, row, column, panel,
-                      keep, c + i * ldc + j, ldc, width);
+            for (int i = shape == LOWER_RESULT ? j / ROWS * ROWS : 0; i < m; i += ROWS) {
+                const int rows = least(ROWS, m - i);
+                int from = 0, to = depth;
+                if (shape == LOWER_LEFT) to = least(depth, i + rows - p);
+                if (shape == UPPER_LEFT && i > p) from = i - p;
+                if (from >= to && keep) continue;
+                tiles(rows, from < to ? to - from : 0, alpha, a + i * row + (p + from) * column, row,
+                      column, panel + from * WIDTH, keep, c + i * ldc + j, ldc, width);
+            }
         }
     }
 }
@@ -196,7 +232,7 @@ static void times(int m, int n, int k, REAL alpha, const REAL *a, const REAL *b,
     if (m == 1)
         row_product(n, k, alpha, a, b, add, c);
     else
-        product(0, 0, m, n, k, alpha, a, k, b, n, add, c, n);
+        product(FULL, 0, 0, m, n, k, alpha, a, k, b, n, add, c, n);
 }
 
 /* C (m x n) = [C +] alpha A B^T, B (n x k). */
@@ -205,7 +241,7 @@ static void times_transposed(int m, int n, int k, REAL alpha, const REAL *a, con
     if (m == 1)
         row_product_transposed(n, k, alpha, a, b, add, c);
     else
-        product(0, 1, m, n, k, alpha, a, k, b, k, add, c, n);
+        product(FULL, 0, 1, m, n, k, alpha, a, k, b, k, add, c, n);
 }
 
 /* C (m x n) += alpha A^T B, A (k x m), B (k x n). */
@@ -216,7 +252,23 @@ static void add_outer(int m, int n, int k, REAL alpha, const REAL *a, const REAL
             for (int j = 0; j < n; j++) c[(int64_t)i * n + j] += x * b[j];
         }
     else
-        product(1, 0, m, n, k, alpha, a, m, b, n, 1, c, n);
+        product(FULL, 1, 0, m, n, k, alpha, a, m, b, n, 1, c, n);
+}
+
+/* Between the tokens of a group, where only i <= t counts: C[t, i] = <a_t, b_i> ... */
+static void causal_scores(int m, int k, const REAL *a, const REAL *b, REAL *c) {
+    product(LOWER_RESULT, 0, 1, m, m, k, 1, a, k, b, k, 0, c, m);
+}
+
+/* ... C_t = [C_t +] alpha sum_i A[t, i] b_i, with zeros above A's diagonal ... */
+static void causal_sum(int m, int n, REAL alpha, const REAL *a, const REAL *b, int add, REAL *c) {
+    product(LOWER_LEFT, 0, 0, m, n, m, alpha, a, m, b, n, add, c, n);
+}
+
+/* ... and C_i = [C_i +] alpha sum_t A[t, i] b_t. */
+static void causal_sum_transposed(int m, int n, REAL alpha, const REAL *a, const REAL *b, int add,
+                                  REAL *c) {
+    product(UPPER_LEFT, 1, 0, m, n, m, alpha, a, m, b, n, add, c, n);
 }
 
 /* Row t of y (m x n) = [y +] scale[t] * row t of x. */
@@ -241,8 +293,6 @@ INLINE void normal(V z, V *density, V *cumulative) {
     for (int i = 0; i < LANES; i++) (*cumulative)[i] = 0.5 * erfc(z[i] * -0.7071067811865475244);
 }
 #else
-typedef int32_t I __attribute__((vector_size(BYTES)));
-
 INLINE V choose(I yes, V a, V b) { return (V)((yes & (I)a) | (~yes & (I)b)); }
 
 /* 2^n e^r with |r| <= ln(2) / 2; Taylor's polynomial to r^7 is exact to half a unit there. */

@@ -477,7 +477,7 @@ static void exact_errors(const Work *w, const Rule *start, const Way *way) {
     if (c->residual)
         for (int64_t i = 0; i < (int64_t)P * D; i++) E[i] += way->inputs[0][i];
     if (c->anchored) times(P, D, w->key, 1, way->inputs[0], c->anchor[0] + w->head * (int64_t)w->key * D, 1, E);
-    times_transposed(P, P, w->key, 1, way->inputs[0], way->inputs[0], 0, products);
+    causal_scores(P, w->key, way->inputs[0], way->inputs[0], products);
     for (int t = 1; t < P; t++) {
         const REAL *G = w->mix[0].G + (int64_t)(t - 1) * P;
         for (int i = 0; i < t; i++) matrix[(int64_t)t * P + i] = G[i] * products[(int64_t)t * P + i];
@@ -496,7 +496,7 @@ static void exact_errors_backward(Work *w, const Rule *start, Rule *slope, const
     MixSlope *d_mix = &w->mix_slope[0];
     if (c->l2) {
         REAL *products = w->masked, *matrix = w->scores[0];
-        times_transposed(P, P, K, 1, k, k, 0, products);
+        causal_scores(P, K, k, k, products);
         memset(matrix, 0, (size_t)P * P * sizeof(REAL));
         for (int t = 1; t < P; t++) /* column i of the matrix as row i: X solves the transpose */
             for (int i = 0; i < t; i++)
@@ -505,7 +505,7 @@ static void exact_errors_backward(Work *w, const Rule *start, Rule *slope, const
             row_product(D, P - 1 - t, -1, matrix + (int64_t)t * P + t + 1, X + (int64_t)(t + 1) * D, 1,
                         X + (int64_t)t * D);
         REAL *between = w->scratch; /* <X_t, E_i> = - d(matrix) */
-        times_transposed(P, P, D, 1, X, E, 0, between);
+        causal_scores(P, D, X, E, between);
         for (int t = 1; t < P; t++) {
             const int64_t row = (int64_t)t * P, above = row - P;
             for (int i = 0; i < t; i++) {
@@ -515,8 +515,8 @@ static void exact_errors_backward(Work *w, const Rule *start, Rule *slope, const
         }
         for (int t = 0; t < P; t++)
             memset(between + (int64_t)t * P + t, 0, (P - t) * sizeof(REAL));
-        times(P, K, P, 1, between, k, 1, dk);
-        product(1, 0, P, K, P, 1, between, P, k, K, 1, dk, K);
+        causal_sum(P, K, 1, between, k, 1, dk);
+        causal_sum_transposed(P, K, 1, between, k, 1, dk);
         for (int part = 0; part < (c->momentum ? 2 : 1); part++) {
             const REAL *factor = part ? mix->m : mix->beta;
             const REAL *matrix = part ? start->past[0] : start->weights[0];
@@ -542,8 +542,12 @@ static void exact_errors_backward(Work *w, const Rule *start, Rule *slope, const
 
 /* ---- reads -------------------------------------------------------------------------------- */
 
-static void times_masked(int n, const REAL *scores, const REAL *G, REAL *masked) {
-    for (int64_t i = 0; i < (int64_t)n * n; i++) masked[i] = scores[i] * G[i];
+/* scores * G below and on the diagonal, zero above it. */
+static void mask_scores(int n, const REAL *scores, const REAL *G, REAL *masked) {
+    for (int t = 0; t < n; t++, scores += n, G += n, masked += n) {
+        for (int i = 0; i <= t; i++) masked[i] = scores[i] * G[i];
+        memset(masked + t + 1, 0, (n - t - 1) * sizeof(REAL));
+    }
 }
 
 /* x_t M_t of every layer for a group; leaves x, z and scores in `w`. */
@@ -567,9 +571,9 @@ static void read_group(Work *w, const Rule *start, const Way *way) {
             }
         }
         if (c->anchored) times(P, out, in, 1, x, c->anchor[l] + w->head * (int64_t)in * out, 1, z);
-        times_transposed(P, P, in, 1, x, way->inputs[l], 0, w->scores[l]);
-        times_masked(P, w->scores[l], mix->G, w->masked);
-        times(P, out, P, -1, w->masked, way->deltas[l], 1, z);
+        causal_scores(P, in, x, way->inputs[l], w->scores[l]);
+        mask_scores(P, w->scores[l], mix->G, w->masked);
+        causal_sum(P, out, -1, w->masked, way->deltas[l], 1, z);
         if (l < L - 1) activate(c->gelu, (int64_t)P * out, z, w->x[l + 1]);
     }
 }
@@ -713,7 +717,6 @@ static void add_row_dots(int m, int n, REAL sign, const REAL *x, const REAL *y, 
 static void read_group_backward(Work *w, const Rule *start, const Way *way, int begin) {
     const Call *c = w->c;
     const int P = c->group, L = c->depth;
-    const int64_t square = (int64_t)P * P;
     REAL *slope = w->dz[L - 1];
     gather(w, c->d_output, c->slope_stride, begin, P, w->value, slope);
     REAL *d_queries = w->d_values; /* the residual's share, until the chunks need the place */
@@ -728,13 +731,15 @@ static void read_group_backward(Work *w, const Rule *start, const Way *way, int 
         MixSlope *d_mix = &w->mix_slope[w->same[l]];
         const REAL *x = w->x[l], *dz = w->dz[l];
         REAL *dx = w->dx, *scored = w->scratch;
-        times_masked(P, w->scores[l], mix->G, w->masked);
-        product(1, 0, P, out, P, -1, w->masked, P, dz, out, 0, w->d_deltas[l], out);
-        times_transposed(P, P, out, 1, dz, way->deltas[l], 0, scored);
-        for (int64_t i = 0; i < square; i++) d_mix->G[i] -= w->scores[l][i] * scored[i];
-        times_masked(P, scored, mix->G, w->masked);
-        product(1, 0, P, in, P, -1, w->masked, P, x, in, 0, w->d_inputs[l], in);
-        times(P, in, P, -1, w->masked, way->inputs[l], 0, dx);
+        mask_scores(P, w->scores[l], mix->G, w->masked);
+        causal_sum_transposed(P, out, -1, w->masked, dz, 0, w->d_deltas[l]);
+        causal_scores(P, out, dz, way->deltas[l], scored);
+        for (int t = 0; t < P; t++)
+            for (int64_t i = (int64_t)t * P; i <= (int64_t)t * P + t; i++)
+                d_mix->G[i] -= w->scores[l][i] * scored[i];
+        mask_scores(P, scored, mix->G, w->masked);
+        causal_sum_transposed(P, in, -1, w->masked, x, 0, w->d_inputs[l]);
+        causal_sum(P, in, -1, w->masked, way->inputs[l], 0, dx);
         for (int part = 0; part < (c->momentum ? 2 : 1); part++) {
             const REAL *matrix = part ? start->past[l] : start->weights[l];
             const REAL *scale = part ? mix->m : mix->beta;
