@@ -58,11 +58,12 @@ class LayerBench:
             dtype=self.dtype,
         )
 
-    def op(self, chunk_size: int, depth: int | None = None) -> Contestant:
+    def op(self, chunk_size: int, depth: int | None = None, impl: str = "auto") -> Contestant:
         """The bare rule with momentum and decay; depth 1 with chunk 1 is the exact form."""
         depth = self.depth if depth is None else depth
         exact = depth == 1 and chunk_size == 1
         settings = {
+            "impl": impl,
             "heads": self.heads,
             "key_dim": self.key_dim,
             "depth": depth,
@@ -71,6 +72,8 @@ class LayerBench:
             "momentum": True,
         }
         name = "rule, exact linear" if exact else f"rule, depth {depth}, chunk {chunk_size}"
+        if impl != "auto":
+            name += f", impl {impl!r}"
         return self.contestant(name, "op", settings)
 
     def layer(self, chunk_size: int, depth: int | None = None) -> Contestant:
@@ -128,6 +131,9 @@ class LayerBench:
 def bench_layer(bench: LayerBench) -> dict[str, Any]:
     """Speed and memory of the rule, the layer and its rivals at one size, in one run."""
     contestants = [bench.op(c) for c in bench.chunk_sizes] + [bench.op(1, depth=1)]
+    # What runs where there is no C compiler, by torch operations alone.
+    contestants += [bench.op(c, impl="chunked") for c in bench.chunk_sizes]
+    contestants += [bench.op(1, depth=1, impl="exact")]
     contestants += [bench.layer(c) for c in bench.chunk_sizes] + [bench.layer(1, depth=1)]
     reason = None
     if bench.rivals:

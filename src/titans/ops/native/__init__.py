@@ -8,6 +8,7 @@ intermediate results stay in one core's cache, and nothing is dispatched operati
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -268,11 +269,13 @@ def run(function: Any, call: Call) -> None:
     if threads == 1:
         failed = [function(call, head) for head in range(count)]
     else:
-        failed = list(workers(threads).map(lambda head: function(call, head), range(count)))
+        pool = workers(threads, os.getpid())
+        failed = list(pool.map(lambda head: function(call, head), range(count)))
     if any(failed):
         raise MemoryError("the memory's scan found no memory to work in")
 
 
 @functools.cache
-def workers(threads: int) -> ThreadPoolExecutor:
+def workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads do not survive a fork: every process has its own."""
     return ThreadPoolExecutor(threads, thread_name_prefix="titans")
