@@ -90,6 +90,8 @@ class MemoryConfig:
     """Gate the normalised read by silu of a linear map of the input."""
     impl: Literal["auto", "reference", "chunked", "exact", "native", "triton"] = "auto"
     """Which form of the rule runs; see `titans.ops.neural_memory`."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the factors of its matrix products; states and sums are float32 with either."""
     block_size: int = 64
     """Tokens the exact form solves at once; speed only."""
 
@@ -191,10 +193,11 @@ class TitansConfig:
     def hash(self) -> str:
         """Names the function the model computes; a memory file carries it.
 
-        `impl` and `block_size` are left out: they change speed, not the function.
+        `impl`, `block_size` and `precision` are left out: they change speed and rounding only.
         """
         content = dataclasses.asdict(self)
-        del content["memory"]["impl"], content["memory"]["block_size"]
+        for name in ("impl", "block_size", "precision"):
+            del content["memory"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

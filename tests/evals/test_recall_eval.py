@@ -60,9 +60,9 @@ def test_every_answer_was_stated_before_and_only_answers_are_scored() -> None:
             assert ends
             for end in ends:
                 value = row[end + 2 - DIGITS : end + 2]
-                name = row[: end + 2 - DIGITS].rsplit(b"[", 1)[1]
+                name = row[: end + 2 - DIGITS].rsplit("«".encode(), 1)[1]
                 assert value.isdigit()
-                assert row[: end - DIGITS].count(b"[" + name + value) == 1
+                assert row[: end - DIGITS].count("«".encode() + name + value) == 1
             # Digits of a statement are the only bytes without weight: no one can know them.
             stated = torch.tensor([48 <= x < 58 for x in labels.tolist()]) & ~answers
             assert (weights[stated] == 0).all()

@@ -14,6 +14,7 @@ from cases import (
     assert_same,
     build,
     collect,
+    gradients,
     join,
     pull_back,
     results,
@@ -22,12 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from titans.ops import native
+
 FORMS = {
     "reference": ("reference", {"network": RESIDUAL, "chunk_size": 4}),
     "chunked": ("chunked", {"network": RESIDUAL, "chunk_size": 4}),
     "chunked of one": ("chunked", {"network": MLP}),
     "chunked linear": ("chunked", {"network": LINEAR, "chunk_size": 4}),
     "exact": ("exact", {"network": LINEAR}),
+    "native": ("native", {"network": RESIDUAL, "chunk_size": 4}),
+    "native of one": ("native", {"network": MLP}),
+    "native exact": ("native", {"network": LINEAR}),
 }
 every_form = pytest.mark.parametrize(("impl", "options"), FORMS.values(), ids=FORMS.keys())
 ALL_GATES = {"momentum": True, "decay": "scalar", "anchor": True}
@@ -259,3 +265,19 @@ def test_memory_keeps_its_own_precision_in_a_bfloat16_model(impl, options):
     assert got.output.dtype == torch.bfloat16
     torch.testing.assert_close(got.output, expected.output.bfloat16(), rtol=0, atol=0)
     assert_same(got.state.tensors(), expected.state.tensors(), 0.0)
+
+
+@pytest.mark.parametrize("network", [LINEAR, MLP], ids=["linear", "mlp"])
+def test_bf16_products(network):
+    """Factors carry 8 bits, so results are within some 2^-8; the state stays float32."""
+    options = {"network": network, "chunk_size": 8, "length": 24, "key_dim": 16, "decay": "scalar"}
+    case = build(dtype=torch.float32, **options)
+    expected, slopes = gradients(case, "native")
+    wide = dict(case.settings)
+    wide["precision"] = "bf16"
+    got, got_slopes = gradients(replace(case, settings=wide), "native")
+    assert_same(got, expected, 0.05)
+    assert_same(got_slopes, slopes, 0.05)
+    assert {t.dtype for t in got.values()} == {torch.float32}
+    if native.library(torch.float32).has_bf16():
+        assert not torch.equal(got["output"], expected["output"])

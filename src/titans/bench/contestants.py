@@ -97,6 +97,7 @@ def op_steps(contestant: Contestant) -> Steps:
             chunk_size=chunk,
             block_size=s.get("block_size", 64),
             impl=s.get("impl", "auto"),
+            precision=s.get("precision", "float32"),
         ).output
 
     flops = useful_flops(

@@ -58,12 +58,19 @@ class LayerBench:
             dtype=self.dtype,
         )
 
-    def op(self, chunk_size: int, depth: int | None = None, impl: str = "auto") -> Contestant:
+    def op(
+        self,
+        chunk_size: int,
+        depth: int | None = None,
+        impl: str = "auto",
+        precision: str = "float32",
+    ) -> Contestant:
         """The bare rule with momentum and decay; depth 1 with chunk 1 is the exact form."""
         depth = self.depth if depth is None else depth
         exact = depth == 1 and chunk_size == 1
         settings = {
             "impl": impl,
+            "precision": precision,
             "heads": self.heads,
             "key_dim": self.key_dim,
             "depth": depth,
@@ -74,6 +81,8 @@ class LayerBench:
         name = "rule, exact linear" if exact else f"rule, depth {depth}, chunk {chunk_size}"
         if impl != "auto":
             name += f", impl {impl!r}"
+        if precision != "float32":
+            name += f", {precision} products"
         return self.contestant(name, "op", settings)
 
     def layer(self, chunk_size: int, depth: int | None = None) -> Contestant:
@@ -131,6 +140,7 @@ class LayerBench:
 def bench_layer(bench: LayerBench) -> dict[str, Any]:
     """Speed and memory of the rule, the layer and its rivals at one size, in one run."""
     contestants = [bench.op(c) for c in bench.chunk_sizes] + [bench.op(1, depth=1)]
+    contestants += [bench.op(c, precision="bf16") for c in bench.chunk_sizes]
     # What runs where there is no C compiler, by torch operations alone.
     contestants += [bench.op(c, impl="chunked") for c in bench.chunk_sizes]
     contestants += [bench.op(1, depth=1, impl="exact")]

@@ -1,4 +1,4 @@
-"""Facts hidden in real text, `[baku: 4821]`, asked for later.
+"""Facts hidden in real text, `«baku: 4821»`, asked for later.
 
 Recall is scored by all digits of the answer, so knowing which values occurred is not enough:
 each must be bound to its name. Names and values of the tests never occur in training.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from titans.data.carrier import window
 
-CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
-SYLLABLES = 2
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+NAME = 4  # letters of a name
 DIGITS = 4
 HELD_OUT_EVERY = 5
 
@@ -30,15 +30,15 @@ class Fact(NamedTuple):
 
     @property
     def statement(self) -> bytes:
-        return f" [{self.name}: {self.value}] ".encode()
+        return f" «{self.name}: {self.value}» ".encode()
 
     @property
     def question(self) -> bytes:
         """What the model reads before it answers with the digits."""
-        return f" [{self.name}: ".encode()
+        return f" «{self.name}: ".encode()
 
 
-STATEMENT_SIZE = len(Fact("x" * 2 * SYLLABLES, "0" * DIGITS).statement)
+STATEMENT_SIZE = len(Fact("x" * NAME, "0" * DIGITS).statement)
 
 
 class Batch(NamedTuple):
@@ -56,11 +56,7 @@ def draw_facts(count: int, generator: np.random.Generator, held_out: bool) -> li
     facts: dict[str, str] = {}
     used: set[str] = set()
     while len(facts) < count:
-        name = "".join(
-            CONSONANTS[generator.integers(len(CONSONANTS))]
-            + VOWELS[generator.integers(len(VOWELS))]
-            for _ in range(SYLLABLES)
-        )
+        name = "".join(LETTERS[i] for i in generator.integers(len(LETTERS), size=NAME))
         value = f"{generator.integers(10**DIGITS):0{DIGITS}d}"
         fresh = name not in facts and value not in used
         if fresh and is_held_out(name) == held_out and is_held_out(value) == held_out:

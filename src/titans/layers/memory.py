@@ -158,6 +158,7 @@ class NeuralMemory(nn.Module):
             anchor=self.anchor(),
             max_surprise=config.max_surprise,
             impl=config.impl,
+            precision=config.precision,
         )
         record = MemoryRecord(
             mean_gate(rate),

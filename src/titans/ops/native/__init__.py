@@ -44,7 +44,7 @@ class Call(ctypes.Structure):
         ("dims", ctypes.c_int64 * (MAX_DEPTH + 1)),
         *(
             (name, ctypes.c_int64)
-            for name in ["residual", "norm", "gelu", "l2", "momentum", "decay", "anchored"]
+            for name in ["residual", "norm", "gelu", "l2", "momentum", "decay", "anchored", "bf16"]
         ),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ["q", "k", "v", "slope"]),
         ("gate_stride", Triples * 3),
@@ -72,6 +72,7 @@ class Plan:
     anchored: bool
     chunk: int
     group: int
+    bf16: bool
 
     @property
     def momentum(self) -> bool:
@@ -118,14 +119,21 @@ def neural_memory_native(
     objective: Objective,
     chunk_size: int,
     anchor: Sequence[Tensor] | None,
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Whole chunks from a chunk boundary on; tensors (B, H, T, D), weights (B, H, in, out).
+
+    bf16: round the factors of matrix products to bf16 where the processor is faster with them;
+    sums, states and everything else stay float32.
 
     Returns outputs, surprise (B, H, T), and the weights and momentum after the last token.
     """
     group = min(group_size(chunk_size), keys.shape[2])
     distinct, positions = gates.distinct()
-    plan = Plan(network, objective, positions, anchor is not None, chunk_size, group)
+    exact = network.linear and chunk_size == 1  # its few large products gain nothing
+    bf16 = bf16 and not exact and keys.dtype == torch.float32
+    bf16 = bf16 and bool(library(keys.dtype).has_bf16())
+    plan = Plan(network, objective, positions, anchor is not None, chunk_size, group, bf16)
     # A learned start is expanded over the batch; the scan wants each head's own rows.
     states = [s.contiguous() for s in (*weights, *(momentum or []))]
     fixed = [a.contiguous() for a in anchor or []]
@@ -223,6 +231,7 @@ def describe(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Call, list[Tensor],
         momentum=plan.momentum,
         decay=plan.gates[0][2] is not None,
         anchored=plan.anchored,
+        bf16=plan.bf16,
     )
     shapes = network.shapes(k.shape[-1], v.shape[-1])
     call.dims[: network.depth + 1] = [shapes[0][0], *(out for _, out in shapes)]

@@ -14,7 +14,7 @@ enum { MAX_DEPTH = 8 };
 typedef struct {
     int64_t batch, heads, length, chunk, group, segment, depth;
     int64_t dims[MAX_DEPTH + 1];
-    int64_t residual, norm, gelu, l2, momentum, decay, anchored;
+    int64_t residual, norm, gelu, l2, momentum, decay, anchored, bf16;
     int64_t q_stride[3], k_stride[3], v_stride[3], slope_stride[3];
     int64_t gate_stride[3][MAX_DEPTH][3];
     const REAL *q, *k, *v;
@@ -179,6 +179,7 @@ static _Thread_local size_t block_size;
 
 static int open_work(Work *w, const Call *c, int n, int ways, int keep, int backward) {
     memset(w, 0, sizeof *w);
+    use_bf16 = c->bf16;
     w->c = c;
     w->n = n;
     w->batch = n / c->heads;
@@ -673,6 +674,9 @@ static void save_state(const Work *w, REAL *state, REAL *const *weights, REAL *c
         if (w->c->momentum) memcpy(past[l] + w->n * size, rule.past[l], size * sizeof(REAL));
     }
 }
+
+/* Does this processor multiply in bf16? */
+int has_bf16(void) { return HAS_BF16; }
 
 static int64_t segments(const Call *c) { return (c->length + c->segment - 1) / c->segment; }
 
