@@ -67,6 +67,7 @@ def neural_memory(
         impl: "reference" (loop), "chunked" (any network), "exact" (linear network,
             chunk_size 1), "native" (either of those two, compiled for the CPU), "triton" (GPU
             kernels), or "auto": native, exact or chunked, see `resolve_implementation`.
+            Twice differentiable are "reference" and "exact".
         precision: "bf16" lets native and triton round the factors of matrix products to bf16
             where the processor is faster with them; sums, gates and states stay float32.
 
@@ -248,6 +249,8 @@ def check_inputs(
         )
     if keys.shape[1] == 0:
         raise ValueError("the sequence is empty: expected T >= 1 tokens")
+    if keys.shape[3] == 0 or values.shape[3] == 0:
+        raise ValueError("keys and values need at least one feature")
     if network.residual and keys.shape[3] != values.shape[3]:
         raise ValueError(
             "a residual memory needs keys and values of one size, got "
@@ -279,6 +282,7 @@ def check_state(
             raise ValueError(
                 f"state.{name} must be float32 or float64, got {[str(w.dtype) for w in tensors]}"
             )
+        check_alike(f"state.{name}", tensors, state.weights[0].dtype, keys.device)
     if momentum != (state.momentum is not None):
         given, held = ("is", "none") if momentum else ("is not", "some")
         raise ValueError(f"momentum {given} given but the state holds {held}")
@@ -301,6 +305,15 @@ def check_anchor(anchor: Sequence[Tensor] | None, state: RuleState) -> None:
     got = [tuple(a.shape) for a in anchor]
     if got != expected:
         raise ValueError(f"anchor must have shapes {expected}, got {got}")
+    check_alike("anchor", anchor, state.weights[0].dtype, state.weights[0].device)
+
+
+def check_alike(
+    name: str, tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    for x in tensors:
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} must be {dtype} on {device}, got {x.dtype} on {x.device}")
 
 
 def prepare_gate(

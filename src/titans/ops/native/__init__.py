@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from titans.ops.networks import MemoryNetwork, Objective
 from titans.ops.rule import Gates, GateSet
 
 MAX_DEPTH = 8
+SHARED_WORK = 2**20  # multiply-adds below which one thread is enough
 SEGMENT_BYTES = 6 * 2**20  # what a segment's error signals and states may take in the backward pass
 
 Triples = (ctypes.c_int64 * 3) * MAX_DEPTH
@@ -42,6 +43,7 @@ class Call(ctypes.Structure):
             for name in ["batch", "heads", "length", "chunk", "group", "segment", "depth"]
         ),
         ("dims", ctypes.c_int64 * (MAX_DEPTH + 1)),
+        ("same", ctypes.c_int64 * MAX_DEPTH),
         *(
             (name, ctypes.c_int64)
             for name in ["residual", "norm", "gelu", "l2", "momentum", "decay", "anchored", "bf16"]
@@ -104,7 +106,9 @@ def unsupported(
 def compiled() -> None:
     """Build what is not built yet. BuildError when that cannot be."""
     for dtype in REALS:
-        library(dtype)
+        loaded = library(dtype)
+        loaded.call_size.restype = ctypes.c_int64
+        assert loaded.call_size() == ctypes.sizeof(Call), "Call is not what scan.c says it is"
 
 
 def neural_memory_native(
@@ -165,7 +169,7 @@ class NativeScan(torch.autograd.Function):
         set_states(plan, call, "weights_after", "past_after", after)
         boundary = None
         if any(ctx.needs_input_grad):
-            count = sum(s[0, 0].numel() for s in states)
+            count = sum(math.prod(s.shape[2:]) for s in states)
             boundary = v.new_empty(batch * heads, -(-length // segment), count)
             call.boundary = boundary.data_ptr()
             ctx.plan, ctx.segment = plan, segment
@@ -235,6 +239,7 @@ def describe(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Call, list[Tensor],
     )
     shapes = network.shapes(k.shape[-1], v.shape[-1])
     call.dims[: network.depth + 1] = [shapes[0][0], *(out for _, out in shapes)]
+    call.same[: network.depth] = [plan.gates.index(layer) for layer in plan.gates]
     for name, x in (("q", q), ("k", k), ("v", v)):
         setattr(call, name, x.data_ptr())
         getattr(call, f"{name}_stride")[:] = x.stride()[:3]
@@ -271,17 +276,36 @@ def segment_size(plan: Plan, call: Call, length: int) -> int:
 
 
 def run(function: Any, call: Call) -> None:
-    """All heads, as many at once as torch may use threads."""
+    """All heads, in as many ranges at once as torch may use threads."""
     count = call.batch * call.heads
-    function.argtypes = (ctypes.POINTER(Call), ctypes.c_int64)
-    threads = min(torch.get_num_threads(), count)
+    function.argtypes = (ctypes.POINTER(Call), ctypes.c_int64, ctypes.c_int64)
+    matrices = sum(i * o for i, o in pairwise(call.dims[: call.depth + 1]))
+    enough = count * call.length * matrices >= SHARED_WORK
+    threads = min(torch.get_num_threads(), count) if enough else 1
     if threads == 1:
-        failed = [function(call, head) for head in range(count)]
+        failed = function(call, 0, count)
     else:
+        edges = [count * i // threads for i in range(threads + 1)]
         pool = workers(threads, os.getpid())
-        failed = list(pool.map(lambda head: function(call, head), range(count)))
-    if any(failed):
+        futures = [pool.submit(function, call, *edge) for edge in pairwise(edges)]
+        try:
+            failed = any([future.result() for future in futures])
+        finally:
+            outlast(futures)
+    if failed:
         raise MemoryError("the memory's scan found no memory to work in")
+
+
+def outlast(futures: Sequence[Future[int]]) -> None:
+    """Wait, also through interrupts: the tensors must stay while a thread writes to them."""
+    interrupt = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @functools.cache

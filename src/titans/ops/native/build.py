@@ -1,7 +1,8 @@
 """Compile scan.c once per machine and load it.
 
 The library is kept in `$XDG_CACHE_HOME/titans` (or ~/.cache/titans) under a name made from the
-sources, the flags, the compiler and the processor, so a change of any of them builds anew.
+sources, the flags and the processor, so a change of any of them builds anew. Its checksum lies
+beside it: a damaged library is built again.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 
 SOURCES = ("scan.c", "matrix.h")
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 REALS = {torch.float32: ("float", ()), torch.float64: ("double", ("-DREAL_IS_DOUBLE=1",))}
 
 
@@ -25,34 +27,38 @@ class BuildError(RuntimeError):
     """There is no compiler, or it failed; the message is one line."""
 
 
-def compiler() -> str:
-    """The C compiler: $CC, else cc, gcc or clang. BuildError when there is none."""
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise BuildError("no C compiler found (set CC, or install gcc or clang)")
-
-
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled scan for float32 or float64. BuildError when it cannot be had."""
-    command = compiler()
-    real, defines = REALS[dtype]
+    try:
+        return load_or_build(*REALS[dtype])
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        if isinstance(error, BuildError):
+            raise
+        raise BuildError(str(error).splitlines()[0]) from None
+
+
+def load_or_build(real: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     here = Path(__file__).parent
     flags = [*FLAGS, tune_flag(), f"-DREAL={real}", *defines]
     identity = hashlib.sha256()
-    for part in (*flags, command, processor()):
+    for part in (*flags, processor()):
         identity.update(part.encode() + b"\0")
     for name in SOURCES:
         identity.update((here / name).read_bytes())
     path = cache_folder() / f"scan-{real}-{identity.hexdigest()[:16]}.so"
-    if not path.exists():
-        build([command, *flags, "-shared", "-fPIC", str(here / "scan.c")], path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error})") from None
+    if not is_whole(path):
+        build([*compiler(), *flags, "-shared", "-fPIC", str(here / "scan.c")], path)
+    return ctypes.CDLL(str(path))
+
+
+def compiler() -> list[str]:
+    """The C compiler: $CC, else cc, gcc or clang. BuildError when there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in (named, ["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return command
+    raise BuildError("no C compiler found (set CC, or install gcc or clang)")
 
 
 def build(command: list[str], path: Path) -> None:
@@ -64,22 +70,48 @@ def build(command: list[str], path: Path) -> None:
         if done.returncode:
             reason = next(iter(done.stderr.strip().splitlines()), f"exit {done.returncode}")
             raise BuildError(f"{command[0]} failed: {reason}")
+        checksum = Path(f"{temporary}.sha256")
+        checksum.write_text(digest(Path(temporary)))
+        for name in (temporary, checksum):
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+        os.replace(checksum, f"{path}.sha256")
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        for name in (temporary, f"{temporary}.sha256"):
+            if os.path.exists(name):
+                os.unlink(name)
 
 
+def is_whole(path: Path) -> bool:
+    """Is the library there, as it was written? Loading half of one would end the process."""
+    checksum = Path(f"{path}.sha256")
+    return path.exists() and checksum.exists() and checksum.read_text() == digest(path)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
 def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "titans"
+    """The user's cache; where that cannot be written, a folder of this user's among temporary
+    files."""
     try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "titans"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
         pass
-    return Path(tempfile.mkdtemp(prefix="titans-"))
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"titans-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        raise BuildError(f"{folder} belongs to another user")
+    return folder
 
 
 def tune_flag() -> str:
@@ -91,7 +123,6 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text().splitlines()
-        return "".join(
-            sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))})
-        )
+        starts = ("model name", "flags", "Features")
+        return "".join(sorted({line for line in lines if line.startswith(starts)}))
     return f"{platform.machine()} {platform.processor()}"

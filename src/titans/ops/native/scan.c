@@ -5,6 +5,8 @@
  * titans/ops/fused.py, which computes the same with torch operations.
  */
 
+#include <pthread.h>
+
 #include "matrix.h"
 
 enum { MAX_DEPTH = 8 };
@@ -14,6 +16,7 @@ enum { MAX_DEPTH = 8 };
 typedef struct {
     int64_t batch, heads, length, chunk, group, segment, depth;
     int64_t dims[MAX_DEPTH + 1];
+    int64_t same[MAX_DEPTH]; /* the first layer with the same gates */
     int64_t residual, norm, gelu, l2, momentum, decay, anchored, bf16;
     int64_t q_stride[3], k_stride[3], v_stride[3], slope_stride[3];
     int64_t gate_stride[3][MAX_DEPTH][3];
@@ -68,7 +71,7 @@ typedef struct {
     int span;                      /* tokens between two states: the chunk, or a group if exact */
     Mix mix[MAX_DEPTH], part[MAX_DEPTH];
     MixSlope mix_slope[MAX_DEPTH], part_slope[MAX_DEPTH];
-    int same[MAX_DEPTH]; /* the first layer with the same gates */
+    const int64_t *same;
     Way *ways;
     REAL *state_now, *state_start, *state_slope;
     REAL *whole[MAX_DEPTH]; /* anchor + weights */
@@ -122,11 +125,6 @@ static void lay_out(Work *w, Arena *arena, int ways, int keep, int backward) {
     for (int l = 0; l < L; l++) w->state += c->dims[l] * c->dims[l + 1] * (c->momentum ? 2 : 1);
     for (int l = 0; l < L; l++) {
         const size_t in = c->dims[l], out = c->dims[l + 1];
-        w->same[l] = l;
-        for (int i = l - 1; i >= 0; i--)
-            if (c->gate[0][i] == c->gate[0][l] && c->gate[1][i] == c->gate[1][l] &&
-                c->gate[2][i] == c->gate[2][l])
-                w->same[l] = w->same[i];
         if (w->same[l] == l) {
             take_mix(arena, &w->mix[l], &w->mix_slope[l], P);
             if (w->span < P) take_mix(arena, &w->part[l], &w->part_slope[l], w->span);
@@ -173,14 +171,38 @@ static void lay_out(Work *w, Arena *arena, int ways, int keep, int backward) {
     }
 }
 
-/* Memory of a thread, kept between calls: fresh pages cost more than the arithmetic. */
-static _Thread_local char *block;
+/* Memory of a thread, kept between calls, since fresh pages cost more than the arithmetic;
+ * freed when the thread ends, and after a call that needed very much. */
+enum { LARGE_BLOCK = 64 << 20 };
+static pthread_key_t block_key;
+static pthread_once_t block_once = PTHREAD_ONCE_INIT;
 static _Thread_local size_t block_size;
+
+static void make_block_key(void) { pthread_key_create(&block_key, free); }
+
+static char *get_block(size_t size) {
+    pthread_once(&block_once, make_block_key);
+    char *block = pthread_getspecific(block_key);
+    if (block && size <= block_size) return block;
+    free(block);
+    block_size = (size + 4095) / 4096 * 4096;
+    block = aligned_alloc(4096, block_size);
+    pthread_setspecific(block_key, block);
+    return block;
+}
+
+static void close_work(void) {
+    if (block_size <= LARGE_BLOCK) return;
+    free(pthread_getspecific(block_key));
+    pthread_setspecific(block_key, NULL);
+    block_size = 0;
+}
 
 static int open_work(Work *w, const Call *c, int n, int ways, int keep, int backward) {
     memset(w, 0, sizeof *w);
     use_bf16 = c->bf16;
     w->c = c;
+    w->same = c->same;
     w->n = n;
     w->batch = n / c->heads;
     w->head = n % c->heads;
@@ -188,15 +210,8 @@ static int open_work(Work *w, const Call *c, int n, int ways, int keep, int back
     const size_t table = (ways * sizeof(Way) + 127) / 64 * 64;
     arena.used = table;
     lay_out(w, &arena, ways, keep, backward);
-    if (arena.used > block_size) {
-        free(block);
-        block_size = (arena.used + 4095) / 4096 * 4096;
-        block = aligned_alloc(4096, block_size);
-        if (!block) {
-            block_size = 0;
-            return 1;
-        }
-    }
+    char *block = get_block(arena.used);
+    if (!block) return 1;
     w->ways = (Way *)block;
     arena.base = block;
     arena.used = table;
@@ -616,7 +631,8 @@ static void write_surprise(Work *w, const Way *way, int begin) {
 
 /* ---- the scan ----------------------------------------------------------------------------- */
 
-/* Is every gate of these tokens closed, and no momentum on its way? */
+/* Is every gate of these tokens closed, and no momentum on its way? `moving` is -1 until the
+ * initial momentum was looked at, then whether there may be any. */
 static int is_closed(const Work *w, const Rule *rule, int begin, int *moving) {
     const Call *c = w->c;
     for (int l = 0; l < c->depth; l++)
@@ -678,10 +694,13 @@ static void save_state(const Work *w, REAL *state, REAL *const *weights, REAL *c
 /* Does this processor multiply in bf16? */
 int has_bf16(void) { return HAS_BF16; }
 
+/* For the check that __init__.py describes a Call as it is here. */
+int64_t call_size(void) { return sizeof(Call); }
+
 static int64_t segments(const Call *c) { return (c->length + c->segment - 1) / c->segment; }
 
 /* Head n of B x H, from its first token to its last. Returns 1 when there is no memory. */
-int scan(const Call *c, int64_t n) {
+static int scan_head(const Call *c, int64_t n) {
     Work w;
     if (open_work(&w, c, n, 1, 0, 0)) return 1;
     load_state(&w, w.state_now, (REAL *const *)c->weights, (REAL *const *)c->past);
@@ -910,8 +929,16 @@ static void chunk_errors_backward(Work *w, const Rule *rule, Rule *slope, const 
     }
 }
 
-/* Head n: gradients of everything `scan` read, from those of everything it gave. */
-int scan_backward(const Call *c, int64_t n) {
+/* Heads first ... last - 1, each on its own. */
+int scan(const Call *c, int64_t first, int64_t last) {
+    int failed = 0;
+    for (int64_t n = first; n < last && !failed; n++) failed = scan_head(c, n);
+    close_work();
+    return failed;
+}
+
+/* Head n: gradients of everything `scan_head` read, from those of everything it gave. */
+static int scan_head_backward(const Call *c, int64_t n) {
     Work w;
     const int per_segment = c->segment / c->group;
     if (open_work(&w, c, n, per_segment, 1, 1)) return 1;
@@ -958,4 +985,11 @@ int scan_backward(const Call *c, int64_t n) {
         memcpy(c->d_anchor[l] + n * size, w.d_anchor[l], size * sizeof(REAL));
     }
     return 0;
+}
+
+int scan_backward(const Call *c, int64_t first, int64_t last) {
+    int failed = 0;
+    for (int64_t n = first; n < last && !failed; n++) failed = scan_head_backward(c, n);
+    close_work();
+    return failed;
 }
