@@ -112,6 +112,10 @@ def write_report(results: dict[str, dict[str, Any]], out: Path, base: Path) -> s
         "inputs, each in a fresh process.\n",
         headline(results),
     ]
+    missing = [command for name, (command, _) in SECTIONS.items() if name not in results]
+    if missing:
+        commands = ", ".join(f"`titans bench {command}`" for command in missing)
+        parts.append(f"Not measured yet: {commands}.\n")
     for name, result in results.items():
         parts.append(f"\n## {name}\n\n{SECTIONS[name][1]}\n")
         parts.append(f"    {result['command']}\n")

@@ -179,8 +179,9 @@ def test_gates_at_their_corners(impl, network, chunk_size, corner, decay, dtype)
         if dtype == torch.float64:
             assert_equal_forms(case, impl)
         else:
-            # Some corners grow a million times, and the solve of the exact form grows with them.
-            assert_errs_no_more_than_the_reference(case.to(dtype), impl, times=64)
+            # At this corner all grows a million times, and the error of the exact form's solve.
+            grows = impl == "exact" and corner == {"momentum": 1.0, "decay": 1.0}
+            assert_errs_no_more_than_the_reference(case.to(dtype), impl, 64 if grows else 8)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_float32(impl, network, chunk_size):
     assert_errs_no_more_than_the_reference(case, impl)
 
 
-def assert_errs_no_more_than_the_reference(case, impl, times=16):
+def assert_errs_no_more_than_the_reference(case, impl, times=8):
     """float32 against float64, tensor by tensor: sums in another order may err `times` as much
     as the float32 reference does, and 16 units in the last place are always allowed."""
     truth = merged(*gradients(case.to(torch.float64), "reference"))
@@ -239,7 +240,7 @@ def test_auto_is_native_then_exact_then_chunked(monkeypatch):
     assert auto(per_channel=True) == auto(device="cuda") == "exact"
     assert auto(max_surprise=1.0) == auto(network=MLP, device="cuda") == "chunked"
 
-    def fail():
+    def fail(dtype):
         raise BuildError("no C compiler found")
 
     monkeypatch.setattr(api, "compiled", fail)
@@ -250,7 +251,7 @@ def test_auto_is_native_then_exact_then_chunked(monkeypatch):
     api.automatic.cache_clear()
 
 
-def test_auto_runs_what_it_resolves_to():
+def test_auto_runs_native_where_it_resolves_to_it():
     for network, chunk_size in ((LINEAR, 1), (LINEAR, 4), (MLP, 1)):
         case = build(network=network, chunk_size=chunk_size)
         for name, tensor in results(case("native")).items():

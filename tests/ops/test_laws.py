@@ -268,7 +268,7 @@ def test_memory_keeps_its_own_precision_in_a_bfloat16_model(impl, options):
 
 
 @pytest.mark.parametrize("network", [LINEAR, MLP], ids=["linear", "mlp"])
-def test_bf16_products(network):
+def test_native_bf16_products(network):
     """Factors carry 8 bits, so results are within some 2^-8; the state stays float32."""
     options = {"network": network, "chunk_size": 8, "length": 24, "key_dim": 16, "decay": "scalar"}
     case = build(dtype=torch.float32, **options)

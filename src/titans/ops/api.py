@@ -84,7 +84,13 @@ def neural_memory(
     check_anchor(anchor, state)
     per_channel = any(a.ndim == 4 for a in each_gate(decay))
     form = resolve_implementation(
-        impl, network, chunk_size, max_surprise, per_channel=per_channel, device=keys.device.type
+        impl,
+        network,
+        chunk_size,
+        max_surprise,
+        per_channel=per_channel,
+        device=keys.device.type,
+        dtype=state.weights[0].dtype,
     )
 
     compute = state.weights[0].dtype
@@ -100,7 +106,7 @@ def neural_memory(
             "decay", decay, network, (batch, length, heads), compute, [*keys.shape, *values.shape]
         ),
     )
-    # On a GPU the tokens stay short: matrix products of bf16 are exact sums in float32.
+    # The GPU kernels take short tokens as they are.
     tokens = (queries, keys, values)
     q, k, v = ((x if form == "triton" else x.to(compute)).transpose(1, 2) for x in tokens)
     options: dict[str, Any] = {"network": network, "objective": objective, "anchor": anchor}
@@ -152,8 +158,10 @@ def resolve_implementation(
     *,
     per_channel: bool = False,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """What `impl` runs. An implementation that does not apply is refused, never replaced.
+    (Only while torch.compile traces is "native" the plain closed form, which it can compile.)
 
     "auto" is native where that applies and a C compiler is there, else exact where that applies,
     else chunked; the kernels of "triton" have to be asked for. What it is and why is logged once
@@ -165,7 +173,7 @@ def resolve_implementation(
     if impl == "auto":
         if torch.compiler.is_compiling():  # a compiler fuses the plain forms by itself
             return "exact" if exact else "chunked"
-        return automatic(network, exact, max_surprise, per_channel, device)
+        return automatic(network, exact, max_surprise, per_channel, device, dtype)
     if impl == "exact" and not exact:
         raise ValueError(
             "impl='exact' needs a linear memory (depth 1, no norm), chunk_size 1 and no "
@@ -179,7 +187,7 @@ def resolve_implementation(
         if reason is not None:
             raise ValueError(f"impl='native' needs {reason}")
         try:
-            compiled()
+            compiled(dtype)
         except BuildError as error:
             raise ValueError(f"impl='native' is not to be had: {error}") from None
     return impl
@@ -192,13 +200,14 @@ def automatic(
     max_surprise: float | None,
     per_channel: bool,
     device: str,
+    dtype: torch.dtype,
 ) -> str:
     """What impl="auto" is for these settings."""
     log = logging.getLogger("titans")
     reason = unsupported(network, max_surprise, per_channel, device)
     if reason is None:
         try:
-            compiled()
+            compiled(dtype)
         except BuildError as error:
             log.warning("the compiled memory is not to be had, a slower form runs: %s", error)
             reason = "a C compiler"

@@ -7,8 +7,6 @@ faster and smaller than autograd through the closed form:
   pass runs each segment again (the last one was kept) and walks its chunks in reverse.
 - Small chunks share their reads: error signals and states advance chunk by chunk, but a read
   needs only the state at the start of a group of chunks and the group's own coefficients.
-- Without gradients, chunks whose gates are all closed are read in one product and leave the
-  state bit for bit as it was.
 
 Tensors are (N, T, D) with N = batch x heads, states contiguous (N, in, out).
 """

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titans.ops.fused import group_size
-from titans.ops.native.build import REALS, BuildError, library
+from titans.ops.native.build import BuildError, library
 
 __all__ = ["BuildError", "compiled", "neural_memory_native", "unsupported"]
 from titans.ops.networks import MemoryNetwork, Objective
@@ -103,12 +103,11 @@ def unsupported(
     return "decay per token, got decay per channel" if per_channel else None
 
 
-def compiled() -> None:
+def compiled(dtype: torch.dtype) -> None:
     """Build what is not built yet. BuildError when that cannot be."""
-    for dtype in REALS:
-        loaded = library(dtype)
-        loaded.call_size.restype = ctypes.c_int64
-        assert loaded.call_size() == ctypes.sizeof(Call), "Call is not what scan.c says it is"
+    loaded = library(dtype)
+    loaded.call_size.restype = ctypes.c_int64
+    assert loaded.call_size() == ctypes.sizeof(Call), "Call is not what scan.c says it is"
 
 
 def neural_memory_native(
@@ -287,8 +286,10 @@ def run(function: Any, call: Call) -> None:
     else:
         edges = [count * i // threads for i in range(threads + 1)]
         pool = workers(threads, os.getpid())
-        futures = [pool.submit(function, call, *edge) for edge in pairwise(edges)]
+        futures: list[Future[int]] = []
         try:
+            for edge in pairwise(edges):
+                futures.append(pool.submit(function, call, *edge))
             failed = any([future.result() for future in futures])
         finally:
             outlast(futures)
