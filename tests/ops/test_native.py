@@ -14,8 +14,8 @@ import pytest
 import torch
 from cases import LINEAR, MLP, assert_same, build, gradients, results
 
-from titans.ops import native
 from titans.ops.native import build as building
+from titans.ops.native import scan
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_threads_change_nothing(two_threads, monkeypatch, network):
     chunk_size = 1 if network is LINEAR else 4
     case = build(network=network, chunk_size=chunk_size, length=30, batch=3, heads=3)
     alone = gradients(case, "native")
-    monkeypatch.setattr(native, "SHARED_WORK", 0)
+    monkeypatch.setattr(scan, "SHARED_WORK", 0)
     shared = gradients(case, "native")
     for one, other in zip(alone, shared, strict=True):
         assert_same(one, other, 0.0)
@@ -65,7 +65,7 @@ def test_no_sequences_and_no_heads():
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
 def test_an_interrupt_waits_for_the_threads(two_threads, monkeypatch):
     """The tensors that a thread writes to outlive it, whatever is raised meanwhile."""
-    monkeypatch.setattr(native, "SHARED_WORK", 0)
+    monkeypatch.setattr(scan, "SHARED_WORK", 0)
     running, started = [0], threading.Event()
 
     class Slow:
@@ -82,11 +82,11 @@ def test_an_interrupt_waits_for_the_threads(two_threads, monkeypatch):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    call = native.Call(batch=1, heads=2, length=8, depth=1)
+    call = scan.Call(batch=1, heads=2, length=8, depth=1)
     signal.setitimer(signal.ITIMER_REAL, 0.1, 0.05)  # again and again
     try:
         with pytest.raises(KeyboardInterrupt):
-            native.run(Slow(), call)
+            scan.run(Slow(), call)
         assert started.is_set()
         assert running[0] == 0
     finally:
@@ -103,7 +103,7 @@ def in_process(cache, code, **environment):
     )
 
 
-LOAD = "n.library(torch.float32); print('loaded')"
+LOAD = "n.compiled(torch.float32); print('loaded')"
 
 
 def test_a_damaged_library_is_built_again(tmp_path):

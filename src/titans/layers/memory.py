@@ -14,6 +14,7 @@ from titans.config import MemoryConfig
 from titans.layers.convolution import CausalConv
 from titans.ops import MemoryNetwork, RuleState, neural_memory, read_memory
 from titans.ops.api import Gate
+from titans.ops.tokens import emit_tokens, mix_tokens, unit_norm
 from titans.state import State
 
 
@@ -134,14 +135,12 @@ class NeuralMemory(nn.Module):
         if x.shape[1] == 0:
             raise ValueError("the sequence is empty: expected T >= 1 tokens")
         self.check_state(state, x.shape[0])
-        mixed, tail = self.mix(self.qkv(x), state.tail)
-        q, k, v = self.split(mixed)
+        (q, k, v), seen, tail = self.mix(x, state.tail)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
             read = read_memory(q, state.rule.weights, self.network, self.anchor())
             record = MemoryRecord(none, None, None, none)
             return self.emit(read, x), replace(state, tail=tail), record
-        seen = torch.cat([x, mixed.to(x.dtype)], -1) if config.gate_input == "window" else x
         rate, momentum, decay = self.gates(seen)
         result = neural_memory(
             q,
@@ -185,27 +184,49 @@ class NeuralMemory(nn.Module):
         if got != expected:
             raise ValueError(f"the state's convolution tail must be {expected}, got {got}")
 
-    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (unit norm) and values, (B, T, H, D)."""
-        q, k, v = rearrange(mixed, "b t (n h d) -> n b t h d", n=3, h=self.config.heads)
-        return unit_norm(q), unit_norm(k), v
+    def mix(
+        self, x: Tensor, tail: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """Queries, keys (unit norm) and values, (B, T, H, D); what the gates see; the next tail."""
+        if self.config.gate_input == "token":
+            parts, tail = self.project(x, self.qkv.weight, tail, unit=2)
+            return parts, x, tail
+        (q, k, v), tail = self.project(x, self.qkv.weight, tail, unit=0)
+        seen = torch.cat([x, *(part.flatten(2).to(x.dtype) for part in (q, k, v))], -1)
+        return (unit_norm(q), unit_norm(k), v), seen, tail
 
-    def mix(self, projected: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Convolution and activation after the projections."""
+    def project(
+        self, x: Tensor, weight: Tensor, tail: Tensor | None, *, unit: int
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Rows of the q, k, v map, convolution and activation: (B, T, H, D) each, `unit` of them
+        at unit norm. Fewer channels than the convolution has meet the first of them."""
+        config = self.config
+        projected = F.linear(x, weight)
+        channels = projected.shape[-1]
+        kernel = bias = None
         if self.conv is not None:
             assert tail is not None
-            projected, tail = self.conv(projected, tail)
-        if self.config.qkv_activation == "silu":
-            projected = F.silu(projected)
-        return projected, tail
+            kernel, bias = self.conv.weight[:, :channels], self.conv.bias[:channels]
+        parts = mix_tokens(
+            projected,
+            tail,
+            kernel,
+            bias,
+            parts=channels // (config.heads * config.key_dim),
+            heads=config.heads,
+            silu=config.qkv_activation == "silu",
+            unit=unit,
+            impl=config.impl,
+        )
+        if self.conv is not None and tail is not None:
+            tail = self.conv.next_tail(projected, tail)
+        return parts, tail
 
     def emit(self, read: Float[Tensor, "b t h v"], x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project back to the model's width."""
-        read = self.norm(read.to(self.norm.weight.dtype))
-        y = rearrange(read, "b t h d -> b t (h d)").to(x.dtype)
-        if self.output_gate is not None:
-            y = y * F.silu(self.output_gate(x))
-        return self.output(y)
+        gate = None if self.output_gate is None else self.output_gate(x)
+        y = emit_tokens(read, self.norm.weight, gate, eps=self.norm.eps, impl=self.config.impl)
+        return self.output(y.to(x.dtype))
 
     def init_recall_tail(self, batch_size: int) -> Tensor | None:
         """Tail for a stream of `recall`: the convolution of the queries alone."""
@@ -217,8 +238,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Tensor | None]:
         """M*(x W_Q): read fixed weights without writing (paper v1, eq. 21)."""
         inner = self.config.heads * self.config.key_dim
-        q, tail = self.mix(F.linear(x, self.qkv.weight[:inner]), tail)
-        q = unit_norm(rearrange(q, "b t (h d) -> b t h d", h=self.config.heads))
+        (q,), tail = self.project(x, self.qkv.weight[:inner], tail, unit=1)
         return self.emit(read_memory(q, weights, self.network, self.anchor()), x), tail
 
 
@@ -338,12 +358,6 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in the precision of x."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight.to(x.dtype), bias)
-
-
-def unit_norm(x: Tensor) -> Tensor:
-    """l2 norm over the last axis, in at least float32; a zero vector stays zero."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
 
 
 def mean_gate(gate: Gate) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compile scan.c once per machine and load it.
+"""Compile the C sources once per machine and load them.
 
 The library is kept in `$XDG_CACHE_HOME/titans` (or ~/.cache/titans) under a name made from the
 sources, the flags and the processor, so a change of any of them builds anew. Its checksum lies
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("scan.c", "matrix.h")
+SOURCES = ("scan.c", "tokens.c")
+HEADERS = ("matrix.h",)
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 REALS = {torch.float32: ("float", ()), torch.float64: ("double", ("-DREAL_IS_DOUBLE=1",))}
 
@@ -29,7 +30,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled scan for float32 or float64. BuildError when it cannot be had."""
+    """The compiled code for float32 or float64. BuildError when it cannot be had."""
     try:
         return load_or_build(*REALS[dtype])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -44,11 +45,12 @@ def load_or_build(real: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     identity = hashlib.sha256()
     for part in (*flags, processor()):
         identity.update(part.encode() + b"\0")
-    for name in SOURCES:
+    for name in (*SOURCES, *HEADERS):
         identity.update((here / name).read_bytes())
-    path = cache_folder() / f"scan-{real}-{identity.hexdigest()[:16]}.so"
+    path = cache_folder() / f"memory-{real}-{identity.hexdigest()[:16]}.so"
     if not is_whole(path):
-        build([*compiler(), *flags, "-shared", "-fPIC", str(here / "scan.c")], path)
+        sources = (str(here / name) for name in SOURCES)
+        build([*compiler(), *flags, "-shared", "-fPIC", *sources], path)
     return ctypes.CDLL(str(path))
 
 
