@@ -42,6 +42,11 @@ def heads(x, weight):
     return q, k, v
 
 
+def read_segment(attention, x, memory, prefix, state):
+    """`SegmentAttention` of tokens, memory tokens and persistent tokens as vectors."""
+    return attention(attention.project(x), memory, attention.project(prefix)[1:], state)
+
+
 def dense(attention, x, sources, source_positions, positions, prefix, seen):
     """One softmax over [prefix || sources], token by token. seen(i, j): may query i see source j?
 
@@ -145,7 +150,7 @@ def test_segment_equals_dense(length, stride, prefix):
     attention = made(SegmentAttention, 8, stride)
     x, first = tokens(length), tokens(prefix, 2)
     memory = tokens(-(-length // stride), 3)
-    y, state = attention(x, memory, first, attention.init_state(2))
+    y, state = read_segment(attention, x, memory, first, attention.init_state(2))
     sources, positions, seen = segment_sources(length, stride, memory, x)
     expected = dense(attention, x, sources, positions, range(length), first, seen)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
@@ -161,12 +166,12 @@ def test_segment_equals_dense(length, stride, prefix):
 def test_segment_any_split_is_one_pass(stride, cuts, prefix):
     attention = made(SegmentAttention, 8, stride)
     x, first, memory = tokens(8), tokens(prefix, 2), tokens(8 // stride, 3)
-    y, state = attention(x, memory, first, attention.init_state(2))
+    y, state = read_segment(attention, x, memory, first, attention.init_state(2))
     pieces, now = [], attention.init_state(2)
     for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), 8], strict=True):
         # h_j comes with the token it belongs to: 0, stride, 2 stride ...
         notes = memory[:, -(-begin // stride) : -(-end // stride)]
-        piece, now = attention(x[:, begin:end], notes, first, now)
+        piece, now = read_segment(attention, x[:, begin:end], notes, first, now)
         pieces.append(piece)
     torch.testing.assert_close(torch.cat(pieces, 1), y, rtol=0, atol=1e-12)
     assert now.offset == state.offset == 0
@@ -176,10 +181,12 @@ def test_segment_any_split_is_one_pass(stride, cuts, prefix):
 def test_a_segment_does_not_see_the_one_before():
     attention = made(SegmentAttention, 8, 2)
     first = tokens(1, 2)
-    _, used = attention(tokens(8), tokens(4, 3), first, attention.init_state(2))
+    _, used = read_segment(attention, tokens(8), tokens(4, 3), first, attention.init_state(2))
     x, memory = tokens(5, 4), tokens(3, 5)
-    fresh, _ = attention(x, memory, first, attention.init_state(2))
-    torch.testing.assert_close(attention(x, memory, first, used)[0], fresh, rtol=0, atol=1e-14)
+    fresh, _ = read_segment(attention, x, memory, first, attention.init_state(2))
+    torch.testing.assert_close(
+        read_segment(attention, x, memory, first, used)[0], fresh, rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 10_000_000])

@@ -327,13 +327,14 @@ def test_recall_reads_given_weights(options):
     layer = layer_of(**options)
     _, state = layer(text(7))
     x, weights = text(5, seed=4), state.rule.weights
-    y, _ = layer.recall(x, weights, layer.init_recall_tail(2))
+    queries, _ = layer.recall_queries(x, layer.init_recall_tail(2))
+    y = layer.recall(queries, layer.opening(x), weights)
     q = literal_projections(layer, x)[0]
     read = read_memory(q, weights, layer.network, layer.anchor())
     torch.testing.assert_close(y, literal_output(layer, read, x), rtol=1e-10, atol=1e-12)
-    first, tail = layer.recall(x[:, :2], weights, layer.init_recall_tail(2))
-    rest, _ = layer.recall(x[:, 2:], weights, tail)
-    torch.testing.assert_close(torch.cat([first, rest], 1), y, rtol=1e-10, atol=1e-12)
+    first, tail = layer.recall_queries(x[:, :2], layer.init_recall_tail(2))
+    rest, _ = layer.recall_queries(x[:, 2:], tail)
+    torch.testing.assert_close(torch.cat([first, rest], 1), queries, rtol=1e-10, atol=1e-12)
 
 
 @every_config

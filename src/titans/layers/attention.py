@@ -6,6 +6,7 @@ drift as a stream grows. Since one softmax covers both, rotated and plain halves
 concatenated along the head size: q' = [rot(q), q], k'_token = [rot(k), 0], k'_prefix = [0, k].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,25 +142,30 @@ class SegmentAttention(nn.Module):
             offset=0,
         )
 
+    def project(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D) before their rotation."""
+        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
+        return q, k, v
+
     def forward(
         self,
-        x: Float[Tensor, "b t d"],
+        qkv: Sequence[Float[Tensor, "b h t k"]],
         memory: Float[Tensor, "b n d"],
-        prefix: Float[Tensor, "b p d"],
+        prefix: Sequence[Float[Tensor, "_ h p k"]],
         state: SegmentState,
     ) -> tuple[Float[Tensor, "b t d"], SegmentState]:
-        """x: tokens of one segment, from state.offset on; memory: the h_j among them.
+        """qkv: of `project`, for tokens of one segment from state.offset on; memory: the h_j
+        among them; prefix: keys and values of the persistent tokens.
 
         h_j belongs to token j = 0, stride, 2 stride, ... of the segment.
         """
-        begin, end = state.offset, state.offset + x.shape[1]
-        split = "b t (n h d) -> n b h t d"
-        q, k, v = rearrange(self.qkv(x), split, n=3, h=self.heads)
-        hk, hv = rearrange(self.qkv(memory), split, n=3, h=self.heads)[1:]
-        pk, pv = rearrange(self.qkv(prefix), split, n=3, h=self.heads)[1:]
-        positions = torch.arange(begin, end, device=x.device)
+        (q, k, v), (pk, pv) = qkv, prefix
+        begin, end = state.offset, state.offset + q.shape[2]
+        weight = self.qkv.weight[self.qkv.in_features :]  # no queries of memory tokens
+        hk, hv = rearrange(F.linear(memory, weight), "b t (n h d) -> n b h t d", n=2, h=self.heads)
+        positions = torch.arange(begin, end, device=q.device)
         first, last = -(-begin // self.stride), -(-end // self.stride)
-        owners = torch.arange(first, last, device=x.device) * self.stride
+        owners = torch.arange(first, last, device=q.device) * self.stride
         rotated, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
         hk = rotate(hk, owners, self.rope_base)
 
@@ -168,8 +174,8 @@ class SegmentAttention(nn.Module):
             fill(state.memory_keys, hk, first),
             fill(state.memory_values, hv, first),
         )
-        all_positions = torch.arange(end, device=x.device)
-        sources = torch.cat([torch.arange(last, device=x.device) * self.stride, all_positions])
+        all_positions = torch.arange(end, device=q.device)
+        sources = torch.cat([torch.arange(last, device=q.device) * self.stride, all_positions])
         mask = sources[None, :] <= positions[:, None]
         y = attend_with_prefix(
             q,

@@ -1,6 +1,7 @@
 """MAC, memory as context: attention over what the memory recalls and the segment (v1 eq. 21-25)."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -56,29 +57,36 @@ class MACMixer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], state: MACState, write: bool = True
     ) -> tuple[Float[Tensor, "b t d"], MACState, MemoryRecord]:
-        outputs, records = [], []
-        start = 0
-        while start < x.shape[1]:
-            stop = min(start + self.segment - state.attention.offset, x.shape[1])
-            o, state, record = self.read_segment(x[:, start:stop], state, write)
-            outputs.append(o)
+        # All that needs no memory is computed for the whole text, not segment by segment.
+        queries, tail = self.memory.recall_queries(x, state.tail)
+        gate = self.memory.opening(x)
+        qkv = self.attention.project(x)
+        prefix = self.attention.project(self.persistent(x.shape[0]))[1:]
+        # Split once: each slice's gradient would be a whole text of zeros.
+        sizes = self.pieces(state.attention.offset, x.shape[1])
+        gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
+        parts = zip(queries.split(sizes, 1), gates, *(p.split(sizes, 2) for p in qkv), strict=True)
+        attended, read, records = [], [], []
+        for query, opening, *tokens in parts:
+            if state.attention.offset == 0:
+                state = replace(state, recalled=state.memory.rule.weights)
+            h = self.memory.recall(query, opening, state.recalled)  # eq. 21
+            first = (-state.attention.offset) % self.stride
+            y, attention = self.attention(
+                tokens, h[:, first :: self.stride], prefix, state.attention
+            )
+            m, memory, record = self.memory.run(y, state.memory, write)  # eq. 24
+            state = replace(state, memory=memory, attention=attention)
+            attended.append(y)
+            read.append(m)
             records.append(record)
-            start = stop
-        return torch.cat(outputs, 1), state, join_records(records)
+        o = self.output(self.combine(torch.cat(attended, 1), torch.cat(read, 1)))  # eq. 25
+        return o, replace(state, tail=tail), join_records(records)
 
-    def read_segment(
-        self, x: Tensor, state: MACState, write: bool
-    ) -> tuple[Tensor, MACState, MemoryRecord]:
-        """Tokens of one segment (maybe only a part of it)."""
-        if state.attention.offset == 0:
-            state = replace(state, recalled=state.memory.rule.weights)
-        h, tail = self.memory.recall(x, state.recalled, state.tail)  # eq. 21
-        first = (-state.attention.offset) % self.stride
-        prefix = self.persistent(x.shape[0])
-        y, attention = self.attention(x, h[:, first :: self.stride], prefix, state.attention)
-        m, memory, record = self.memory.run(y, state.memory, write)  # eq. 24
-        o = self.output(self.combine(y, m))  # eq. 25
-        return o, replace(state, memory=memory, attention=attention, tail=tail), record
+    def pieces(self, offset: int, length: int) -> list[int]:
+        """Sizes that cut a text at the segments' ends, the first `offset` tokens into one."""
+        ends = [*range(self.segment - offset, length, self.segment), length]
+        return [end - begin for begin, end in pairwise([0, *ends])]
 
 
 def join_records(records: list[MemoryRecord]) -> MemoryRecord:
