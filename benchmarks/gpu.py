@@ -320,7 +320,7 @@ def models(sizes: Plan) -> dict[str, Any]:
             settings = to_dict(replace(config, memory=memory))
             settings["memory"]["impl"] = impl
             contestants.append(model_contestant(sizes, f"{name}, {impl}", "titans", settings))
-    dense = replace(preset(sizes.models[-1]), variant="attention")
+    dense = replace(preset(sizes.models[-1]), variant="transformer")
     dense = match_size(dense, count(TitansLM, preset(sizes.models[-1])), transformer)
     contestants.append(model_contestant(sizes, "Transformer++", "transformer", to_dict(dense)))
     peak, rows = contest(contestants, repeats=sizes.repeats, limit_s=60, memory=sizes.full)

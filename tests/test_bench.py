@@ -25,7 +25,7 @@ from titans.models.lm import TitansLM
 
 FIELDS = ("impl", "tokens_per_s_forward", "tokens_per_s_train", "peak_mb", "fraction_of_peak")
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-TINY = TitansConfig(variant="attention", dim=32, heads=2, layers=2, window=8, persistent=0)
+TINY = TitansConfig(variant="sliding", dim=32, heads=2, layers=2, window=8, persistent=0)
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 

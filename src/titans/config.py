@@ -16,7 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Variant = Literal["lmm", "mac", "mag", "mal", "attention"]
+from titans.baselines import BASELINES
+
+Variant = Literal[
+    "lmm",
+    "mac",
+    "mag",
+    "mal",
+    "transformer",
+    "sliding",
+    "linear-attention",
+    "lightning",
+    "mamba2",
+    "deltanet",
+    "gated-deltanet",
+    "gated-deltanet-h2",
+    "ttt-linear",
+    "ttt-mlp",
+    "rwkv7",
+]
 VARIANTS = typing.get_args(Variant)
 
 
@@ -44,9 +62,12 @@ class MemoryConfig:
     """Inner loss: 0.5 |M(k) - v|^2, or -<M(k), v>."""
     chunk_size: int = 1
     """Tokens whose gradients share their weights; 1 is the exact per-token gradient."""
-    gates: Literal["closing", "sigmoid"] = "closing"
+    gates: Literal["closing", "sigmoid", "exponential", "step", "constant"] = "closing"
     """`closing`: learning rate max * clamp(1.3 sigmoid - 0.15, 0, 1), forgetting in log space;
-    both reach exactly zero. `sigmoid`: the paper's."""
+    both reach exactly zero. `sigmoid`: the paper's. The others are the baselines': `exponential`
+    max * sigmoid and log(1 - alpha) = -A softplus(.), A learned per head; `step` one learned step
+    dt = softplus(.) for both, theta = dt and log(1 - alpha) = -A dt; `constant` theta = max and a
+    fixed alpha per head."""
     gate_input: Literal["token", "window"] = "token"
     """What the gates are linear maps of. `token`: the layer's input, as gated linear attention
     has it (the paper only says input-dependent). `window`: also q, k and v after their
@@ -66,13 +87,18 @@ class MemoryConfig:
     gives neither; full maps would cost depth * dim^2 parameters a layer."""
     decay_target: Literal["initial", "zero"] = "initial"
     """Forget towards the learned M_0, or towards zero (the paper's letter)."""
+    decay_first: bool = False
+    """Take the gradient at the memory that has already forgotten, (1 - alpha) M_{t-1}, as Gated
+    DeltaNet does. For a linear memory with chunk_size 1 and scalar decay towards zero."""
+    learn_initial: bool = True
+    """Learn M_0; False keeps it zero, which only a linear memory can start from."""
     per_layer_gates: bool = False
     """Every layer of the memory network has its own gates (NeurIPS text)."""
     learning_rate_max: float | None = None
     """Upper end of theta; the paper gives no range. None is 1, which keeps a linear memory
     stable, and 0.1 from depth 3 on, where larger steps make the outer gradient explode."""
     learning_rate_init: float = 0.2
-    """Initial theta as a fraction of its maximum."""
+    """Initial theta as a fraction of its maximum; with gates `step` the initial dt."""
     momentum_init: float = 0.5
     """Initial eta."""
     half_life_min: float = 16.0
@@ -86,8 +112,14 @@ class MemoryConfig:
     """Causal depthwise convolution after the q, k, v projections; 0 for none."""
     qkv_activation: Literal["silu", "none"] = "silu"
     """After that convolution."""
+    unit_norm: bool = True
+    """Queries and keys have unit norm; without it only memories without feedback are stable."""
+    skip: bool = False
+    """Add the token's value, times a learned factor per head, to its read (Mamba2's D)."""
     output_gate: bool = True
     """Gate the normalised read by silu of a linear map of the input."""
+    gate_before_norm: bool = False
+    """Gate first, then normalise (Mamba2)."""
     impl: Literal["auto", "reference", "chunked", "exact", "native", "triton"] = "auto"
     """Which form of the rule runs; see `titans.ops.neural_memory`."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -102,6 +134,27 @@ class MemoryConfig:
             require_positive(self, "head_dim")
         if self.decay_rank is not None and (self.decay_rank < 1 or self.decay != "channel"):
             raise ValueError("memory.decay_rank must be at least 1 and needs decay = 'channel'")
+        if self.decay_rank is not None and self.gates in ("step", "constant"):
+            raise ValueError(
+                f"memory.decay_rank needs a map to alpha, gates = {self.gates!r}: none"
+            )
+        linear = self.depth == 1 and not self.norm
+        if not self.learn_initial and not linear:
+            raise ValueError(
+                "memory.learn_initial = false needs a linear memory (depth 1, no norm), "
+                f"got depth {self.depth}, norm {self.norm}"
+            )
+        if self.decay_first and not (
+            linear
+            and (self.chunk_size, self.residual, self.objective) == (1, False, "l2")
+            and (self.decay, self.decay_target, self.max_surprise) == ("scalar", "zero", None)
+        ):
+            raise ValueError(
+                "memory.decay_first needs a linear memory (depth 1, no norm, no residual), "
+                "chunk_size 1, objective 'l2', decay 'scalar' towards 'zero' and no max_surprise"
+            )
+        if self.gate_before_norm and not self.output_gate:
+            raise ValueError("memory.gate_before_norm needs output_gate = true")
         if self.conv_width < 0:
             raise ValueError(f"memory.conv_width must not be negative, got {self.conv_width}")
         if not 0 < self.learning_rate_init < 1 or not 0 < self.momentum_init < 1:
@@ -135,7 +188,8 @@ class TitansConfig:
     """One language model. `memory.dim` always follows `dim`."""
 
     variant: Variant = "mac"
-    """lmm: memory alone; mac: as context; mag: as gate; mal: as layer; attention: none."""
+    """lmm: memory alone; mac: as context; mag: as gate; mal: as layer. The others are baselines,
+    described in `titans.baselines`; the fields of `memory` that define one follow the variant."""
     vocab_size: int = 257
     """257 is the byte tokenizer."""
     dim: int = 128
@@ -145,15 +199,15 @@ class TitansConfig:
     ffn_hidden: int = 352
     """Hidden size of the SwiGLU feed-forward; 0 leaves the feed-forward out."""
     window: int = 64
-    """Sliding attention window in tokens (MAG, MAL, attention); a token sees itself and the
-    window - 1 before it. NeurIPS: 2048."""
+    """Sliding attention window in tokens (MAG, MAL, sliding, gated-deltanet-h2); a token sees
+    itself and the window - 1 before it. NeurIPS: 2048."""
     segment: int = 64
     """Segment length of MAC (NeurIPS: 512)."""
     memory_token_stride: int = 1
     """MAC: one memory token h_j for every so many tokens. NeurIPS has 256 for 512 tokens but
     not how; 2 takes every second query."""
     persistent: int = 4
-    """Learned tokens in front of the sequence, per block (NeurIPS: 128)."""
+    """Learned tokens in front of the sequence, per block (NeurIPS: 128). Titans and sliding."""
     gate_activation: Literal["silu", "sigmoid"] = "silu"
     """Non-linearity of MAG's and MAC's combination y * act(m) of the two normalised branches;
     the paper does not name it."""
@@ -185,9 +239,10 @@ class TitansConfig:
                 f"segment ({self.segment}) must be a multiple of "
                 f"memory_token_stride ({self.memory_token_stride})"
             )
-        if self.memory.dim != self.dim:
-            object.__setattr__(self, "memory", dataclasses.replace(self.memory, dim=self.dim))
-        if self.variant != "attention":
+        follows = {"dim": self.dim} | baseline_fields(self.variant, self.memory)
+        if any(getattr(self.memory, name) != value for name, value in follows.items()):
+            object.__setattr__(self, "memory", dataclasses.replace(self.memory, **follows))
+        if has_memory(self.variant):
             _ = self.memory.key_dim  # raises if the heads do not divide the width
 
     def hash(self) -> str:
@@ -199,6 +254,30 @@ class TitansConfig:
         for name in ("impl", "block_size", "precision"):
             del content["memory"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def has_memory(variant: str) -> bool:
+    """Do the model's layers hold a `NeuralMemory`?"""
+    return variant not in BASELINES or bool(BASELINES[variant].memory)
+
+
+def baseline_fields(variant: str, memory: MemoryConfig) -> dict[str, Any]:
+    """Fields of `memory` that follow the variant. A field at its default counts as not set;
+    one that contradicts the variant is a ValueError."""
+    if variant not in BASELINES:
+        return {}
+    baseline = BASELINES[variant]
+    defaults = {f.name: f.default for f in dataclasses.fields(MemoryConfig)}
+    for name, value in baseline.memory.items():
+        given = getattr(memory, name)
+        if given not in (value, defaults[name]):
+            raise ValueError(
+                f"memory.{name} is {value!r} in variant {variant!r}, got {given!r}; "
+                "other rules are variant 'lmm' with their own [memory]"
+            )
+    starts = baseline.starts.items()
+    unset = {name: value for name, value in starts if getattr(memory, name) == defaults[name]}
+    return {**baseline.memory, **unset}
 
 
 C = TypeVar("C")

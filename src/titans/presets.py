@@ -3,12 +3,15 @@
 Names are `VARIANT-SIZE` for our own models (small enough for one CPU) and
 `VARIANT-SIZE-TEXT` for the paper's, where TEXT is one of its two texts: `paper_v1` (arXiv
 2501.00663v1) or `paper_neurips` (camera-ready). A number that a text does not give is marked
-"ours" below.
+"ours" below. Baselines (`titans.baselines`) have every size and no TEXT.
+
+`matched` gives any config as another variant of the same number of parameters.
 """
 
 import dataclasses
 
-from titans.config import VARIANTS, MemoryConfig, TitansConfig, unknown
+from titans.baselines import BASELINES
+from titans.config import VARIANTS, MemoryConfig, TitansConfig, Variant, unknown
 
 # layers, dim, heads. tiny and small are ours.
 OWN_SIZES = {"tiny": (2, 64, 2), "small": (4, 128, 2), "base": (8, 256, 4)}
@@ -23,25 +26,37 @@ PAPER_SIZES = {
 }
 TEXTS = ("paper_v1", "paper_neurips")
 LLAMA_VOCABULARY = 32_000
+# How far `matched` may be from the number of parameters it is asked for.
+MATCH_TOLERANCE = 0.02
+
+
+def presets() -> dict[str, tuple[Variant, str, str | None]]:
+    """Name -> variant, size, and the paper's text where there is one."""
+    named: dict[str, tuple[Variant, str, str | None]] = {}
+    for variant in VARIANTS:
+        for size in (*OWN_SIZES, *PAPER_SIZES):
+            if variant in BASELINES or size in OWN_SIZES:
+                named[f"{variant}-{size}"] = variant, size, None
+            else:
+                named |= {f"{variant}-{size}-{text}": (variant, size, text) for text in TEXTS}
+    return named
 
 
 def preset_names() -> list[str]:
     """Every name that `preset` knows."""
-    own = [f"{v}-{s}" for v in VARIANTS for s in OWN_SIZES]
-    paper = [f"{v}-{s}-{t}" for v in VARIANTS for s in PAPER_SIZES for t in TEXTS]
-    return own + paper
+    return list(presets())
 
 
 def preset(name: str) -> TitansConfig:
     """The config of that name; an unknown one is a ValueError with a suggestion."""
-    if name not in preset_names():
+    if name not in presets():
         raise ValueError(unknown("preset", name, preset_names()))
-    variant, size, *text = name.split("-")
-    if text:
-        return paper_config(variant, size, text[0])
+    variant, size, text = presets()[name]
+    if size in PAPER_SIZES:
+        return paper_config(variant, size, text)
     layers, dim, heads = OWN_SIZES[size]
     return TitansConfig(
-        variant=variant,  # type: ignore[arg-type]
+        variant=variant,
         dim=dim,
         layers=layers,
         heads=heads,
@@ -53,12 +68,38 @@ def preset(name: str) -> TitansConfig:
     )
 
 
-def paper_config(variant: str, size: str, text: str) -> TitansConfig:
+def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansConfig:
+    """`config` as that variant, with a feed-forward (a multiple of 8) that brings the model within
+    2 % of so many parameters.
+
+    The four Titans keep `config.memory`; a baseline of the rule takes its heads from there, and
+    all else of the memory from `titans.baselines`. ValueError if the mixers alone have too many
+    parameters, or none comes near.
+    """
+    memory = config.memory
+    if variant in BASELINES:
+        given = dataclasses.asdict(memory)
+        kept = ("dim", "heads", "head_dim", "impl", "precision", "block_size")
+        memory = MemoryConfig(**{name: given[name] for name in kept})
+    config = dataclasses.replace(config, variant=variant, ffn_hidden=8, memory=memory)
+    least = count_parameters(config)
+    step = count_parameters(dataclasses.replace(config, ffn_hidden=16)) - least
+    hidden = 8 * max(1, 1 + round((parameters - least) / step))
+    got = least + (hidden // 8 - 1) * step
+    if abs(got - parameters) > MATCH_TOLERANCE * parameters:
+        raise ValueError(
+            f"variant {variant!r} of this width has {got:,} parameters with ffn_hidden {hidden}, "
+            f"expected {parameters:,} within {MATCH_TOLERANCE:.0%}"
+        )
+    return dataclasses.replace(config, ffn_hidden=hidden)
+
+
+def paper_config(variant: Variant, size: str, text: str | None) -> TitansConfig:
     """The paper's model. The feed-forward takes what is left of the nominal parameter count:
     no text says how the hybrids, with both attention and memory, are kept at one size."""
     layers, dim, heads, target = PAPER_SIZES[size]
     config = TitansConfig(
-        variant=variant,  # type: ignore[arg-type]
+        variant=variant,
         vocab_size=LLAMA_VOCABULARY,
         dim=dim,
         layers=layers,
@@ -68,10 +109,16 @@ def paper_config(variant: str, size: str, text: str) -> TitansConfig:
         segment=512,  # NeurIPS; v1 gives none
         memory_token_stride=2 if text == "paper_neurips" else 1,
         persistent=128,  # NeurIPS; v1 gives none
-        memory=paper_v1_memory(dim, heads) if text == "paper_v1" else neurips_memory(dim, heads),
+        memory=paper_memory(text, dim, heads),
     )
     left = target - count_parameters(config) - layers * dim  # the feed-forward's norm
     return dataclasses.replace(config, ffn_hidden=round_to(left / (layers * 3 * dim), 64))
+
+
+def paper_memory(text: str | None, dim: int, heads: int) -> MemoryConfig:
+    if text is None:
+        return MemoryConfig(dim=dim, heads=heads)
+    return paper_v1_memory(dim, heads) if text == "paper_v1" else neurips_memory(dim, heads)
 
 
 def paper_v1_memory(dim: int, heads: int) -> MemoryConfig:

@@ -179,7 +179,7 @@ def test_accumulation_equals_a_big_batch(tiny, task):
             torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "attention"])
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "sliding"])
 def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, variant):
     """Three steps: a memory is carried into the second and the third."""
     rows = [

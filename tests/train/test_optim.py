@@ -26,7 +26,7 @@ def names_of(model, parameters):
     return [names[id(p)] for p in parameters]
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "attention"])
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "sliding"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_are_the_linear_maps_of_the_blocks(variant, tied):
     model = model_of(variant, tied)
@@ -37,7 +37,7 @@ def test_matrices_are_the_linear_maps_of_the_blocks(variant, tied):
     ends = ("qkv.weight", "output.weight", "output_gate.weight")
     assert all(name.endswith(ends) for name in chosen if "mixer" in name)
     projections = [name for name in chosen if "qkv" in name]
-    assert len(projections) == (1 if variant in ("lmm", "attention") else 2)
+    assert len(projections) == (1 if variant in ("lmm", "sliding") else 2)
     assert {name for name in chosen if "ffn" in name} == {
         name for name, _ in model.named_parameters() if ".ffn." in name
     }

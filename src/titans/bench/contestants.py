@@ -13,9 +13,11 @@ from titans.bench import rivals
 from titans.bench.flops import attention_flops, module_flops, useful_flops
 from titans.config import MemoryConfig, TitansConfig, build
 from titans.layers.attention import SlidingWindowAttention
-from titans.layers.memory import NeuralMemory, unit_norm
+from titans.layers.memory import NeuralMemory
+from titans.models.baselines.transformer import TransformerMixer
 from titans.models.lm import TitansLM
 from titans.ops import MemoryNetwork, RuleState, neural_memory
+from titans.ops.tokens import unit_norm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -143,7 +145,7 @@ def attention_layer_steps(contestant: Contestant) -> Steps:
     dim, window = s["dim"], s.get("window")
     layer: Any
     if window is None:
-        layer = rivals.CausalAttention(dim, s["heads"], 10_000.0)
+        layer = TransformerMixer(TitansConfig(variant="transformer", dim=dim, heads=s["heads"]))
         state = layer.init_state(contestant.batch)
     else:
         layer = SlidingWindowAttention(dim, s["heads"], window, 10_000.0)

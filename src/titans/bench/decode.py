@@ -122,6 +122,6 @@ def decoder(model: TitansLM, state: ModelState, tokens: int) -> Callable[[], Ten
 
 def transformer_like(model: TitansLM) -> TitansLM:
     """A Transformer++ as large as the model, with random weights: they do not change its speed."""
-    config = replace(model.config, variant="attention", persistent=0)
+    config = replace(model.config, variant="transformer")
     size = model.parameter_count
     return rivals.transformer(rivals.match_size(config, size, rivals.transformer))

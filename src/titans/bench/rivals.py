@@ -5,62 +5,16 @@ reported as such and the rest goes on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from titans.config import TitansConfig
-from titans.layers.attention import rotate
 from titans.models.lm import TitansLM
-from titans.state import State
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheState(State):
-    """Rotated keys and values of every token read, (B, H, tokens, D): it grows."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class CausalAttention(nn.Module):
-    """Full causal softmax attention with rotary positions and a key-value cache.
-
-    Without a cache it is one `scaled_dot_product_attention(is_causal=True)`, torch's fastest.
-    """
-
-    def __init__(self, dim: int, heads: int, rope_base: float) -> None:
-        super().__init__()
-        self.heads, self.rope_base = heads, rope_base
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
-
-    def init_state(self, batch_size: int) -> CacheState:
-        weight = self.output.weight
-        empty = weight.new_zeros(batch_size, self.heads, 0, weight.shape[0] // self.heads)
-        return CacheState(keys=empty, values=empty)
-
-    def forward(
-        self, x: Float[Tensor, "b t d"], state: CacheState, write: bool = True
-    ) -> tuple[Float[Tensor, "b t d"], CacheState, None]:
-        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
-        past, length = state.keys.shape[2], x.shape[1]
-        positions = torch.arange(past, past + length, device=x.device)
-        q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
-        if past == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if length == 1 else mask)
-        return self.output(rearrange(y, "b h t d -> b t (h d)")), CacheState(keys=k, values=v), None
 
 
 def transformer(config: TitansConfig) -> TitansLM:
@@ -68,11 +22,7 @@ def transformer(config: TitansConfig) -> TitansLM:
 
     Our own macro-architecture with another mixer, so that only the mixer differs.
     """
-    model = TitansLM(replace(config, variant="attention", persistent=0))
-    for block in model.blocks:
-        block.mixer = CausalAttention(config.dim, config.heads, config.rope_base)
-    model.reset_parameters()
-    return model
+    return TitansLM(replace(config, variant="transformer"))
 
 
 def match_size(

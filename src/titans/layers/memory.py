@@ -17,6 +17,9 @@ from titans.ops.api import Gate
 from titans.ops.tokens import emit_tokens, mix_tokens, unit_norm
 from titans.state import State
 
+# The read of an empty memory is zero: this bounds the slope of the norm after it.
+NORM_EPS = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryState(State):
@@ -68,11 +71,12 @@ class NeuralMemory(nn.Module):
         self.conv = CausalConv(3 * inner, config.conv_width) if config.conv_width else None
         self.gates = MemoryGates(config)
         shapes = self.network.shapes(config.key_dim, config.key_dim)
-        self.initial = nn.ParameterList(
-            nn.Parameter(torch.empty(config.heads, i, o)) for i, o in shapes
+        self.initial = nn.ParameterList(  # M_0; empty where it is not learned but zero
+            nn.Parameter(torch.empty(config.heads, i, o))
+            for i, o in (shapes if config.learn_initial else [])
         )
-        # The read of an empty memory is zero: eps bounds the norm's slope there.
-        self.norm = nn.RMSNorm(config.key_dim, eps=1e-5)
+        self.norm = nn.RMSNorm(config.key_dim, eps=NORM_EPS)
+        self.skip = nn.Parameter(torch.empty(config.heads)) if config.skip else None
         self.output_gate = nn.Linear(config.dim, inner, bias=False) if config.output_gate else None
         self.output = nn.Linear(inner, config.dim, bias=False)
         self.reset_parameters()
@@ -90,11 +94,12 @@ class NeuralMemory(nn.Module):
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         if self.config.depth == 1 and self.config.norm:
             nn.init.normal_(self.initial[0], std=self.config.key_dim**-0.5)
+        if self.skip is not None:
+            nn.init.ones_(self.skip)
 
     def init_state(self, batch_size: int = 1) -> MemoryState:
-        weights = [w if w.dtype == torch.float64 else w.float() for w in self.initial]
         rule = RuleState.init(
-            weights,
+            self.first_weights(),
             batch_size,
             momentum=self.config.momentum,
             chunk_size=self.config.chunk_size,
@@ -103,15 +108,24 @@ class NeuralMemory(nn.Module):
         tail = None if self.conv is None else self.conv.init_tail(batch_size)
         return MemoryState(rule=rule, tail=tail)
 
+    def first_weights(self) -> list[Tensor]:
+        """M_0, (heads, in, out) per layer, in at least float32."""
+        if self.config.learn_initial:
+            return [w if w.dtype == torch.float64 else w.float() for w in self.initial]
+        size, like = self.config.key_dim, self.qkv.weight
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return [like.new_zeros(self.config.heads, size, size, dtype=wide)]
+
     @property
     def anchored(self) -> bool:
         """Does forgetting lead back to M_0? Then the state holds the deviation from it."""
-        return self.config.decay != "none" and self.config.decay_target == "initial"
+        config = self.config
+        return config.learn_initial and config.decay != "none" and config.decay_target == "initial"
 
     def anchor(self) -> list[Tensor] | None:
         if not self.anchored:
             return None
-        return [w if w.dtype == torch.float64 else w.float() for w in self.initial]
+        return self.first_weights()
 
     def forward(
         self, x: Float[Tensor, "b t d"], state: MemoryState | None = None
@@ -140,13 +154,22 @@ class NeuralMemory(nn.Module):
             none = torch.zeros(q.shape[:3], device=x.device)
             read = read_memory(q, state.rule.weights, self.network, self.anchor())
             record = MemoryRecord(none, None, None, none)
-            return self.emit(read, x), replace(state, tail=tail), record
+            return (
+                self.emit(self.with_skip(read, v), self.opening(x)),
+                replace(state, tail=tail),
+                record,
+            )
         rate, momentum, decay = self.gates(seen)
+        step, target = rate, v
+        if config.decay_first:
+            assert isinstance(rate, Tensor)
+            assert isinstance(decay, Tensor)
+            step, decay, target = at_decayed_memory(rate, decay, v)
         result = neural_memory(
             q,
             k,
-            v,
-            rate,
+            target,
+            step,
             state=state.rule,
             network=self.network,
             momentum=momentum,
@@ -159,13 +182,17 @@ class NeuralMemory(nn.Module):
             impl=config.impl,
             precision=config.precision,
         )
+        surprise = result.surprise
+        if config.decay_first:  # of the error a k W - v, not k W - v / a
+            surprise = surprise * (1.0 - mean_gate(decay)).detach()
         record = MemoryRecord(
             mean_gate(rate),
             None if momentum is None else mean_gate(momentum),
             None if decay is None else mean_gate(decay),
-            result.surprise,
+            surprise,
         )
-        return self.emit(result.output, x), MemoryState(rule=result.state, tail=tail), record
+        y = self.emit(self.with_skip(result.output, v), self.opening(x))
+        return y, MemoryState(rule=result.state, tail=tail), record
 
     def check_state(self, state: MemoryState, batch_size: int) -> None:
         """ValueError for a state of another layer, batch size or precision."""
@@ -174,7 +201,7 @@ class NeuralMemory(nn.Module):
         held = state.rule.weights[0].shape[0]
         if held != batch_size:
             raise ValueError(f"the state is for a batch of {held}, got x for {batch_size}")
-        wide = torch.float64 if self.initial[0].dtype == torch.float64 else torch.float32
+        wide = torch.float64 if self.qkv.weight.dtype == torch.float64 else torch.float32
         if state.rule.weights[0].dtype != wide:
             raise ValueError(f"the state is {state.rule.weights[0].dtype}, this layer needs {wide}")
         expected = None
@@ -188,12 +215,13 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Queries, keys (unit norm) and values, (B, T, H, D); what the gates see; the next tail."""
+        unit = 2 if self.config.unit_norm else 0
         if self.config.gate_input == "token":
-            parts, tail = self.project(x, self.qkv.weight, tail, unit=2)
+            parts, tail = self.project(x, self.qkv.weight, tail, unit=unit)
             return parts, x, tail
         (q, k, v), tail = self.project(x, self.qkv.weight, tail, unit=0)
         seen = torch.cat([x, *(part.flatten(2).to(x.dtype) for part in (q, k, v))], -1)
-        return (unit_norm(q), unit_norm(k), v), seen, tail
+        return ((unit_norm(q), unit_norm(k), v) if unit else (q, k, v)), seen, tail
 
     def project(
         self, x: Tensor, weight: Tensor, tail: Tensor | None, *, unit: int
@@ -222,24 +250,42 @@ class NeuralMemory(nn.Module):
             tail = self.conv.next_tail(projected, tail)
         return parts, tail
 
-    def emit(self, read: Float[Tensor, "b t h v"], x: Tensor) -> Tensor:
-        """Normalise per head, gate by the input, project back to the model's width."""
-        gate = None if self.output_gate is None else self.output_gate(x)
-        y = emit_tokens(read, self.norm.weight, gate, eps=self.norm.eps, impl=self.config.impl)
-        return self.output(y.to(x.dtype))
+    def opening(self, x: Tensor) -> Tensor | None:
+        """What gates the read of these inputs, before its SiLU, (B, T, H D)."""
+        return None if self.output_gate is None else self.output_gate(x)
+
+    def emit(self, read: Float[Tensor, "b t h v"], gate: Tensor | None) -> Tensor:
+        """Normalise per head, gate, project back to the model's width."""
+        if gate is not None and self.config.gate_before_norm:
+            read, gate = read * F.silu(gate).unflatten(-1, read.shape[2:]), None
+        y = emit_tokens(read, self.norm.weight, gate, eps=NORM_EPS, impl=self.config.impl)
+        return self.output(y)
+
+    def with_skip(self, read: Tensor, values: Tensor) -> Tensor:
+        """The read, plus the token's own value where the layer has a skip."""
+        if self.skip is None:
+            return read
+        return read + self.skip[:, None].to(values.dtype) * values
 
     def init_recall_tail(self, batch_size: int) -> Tensor | None:
         """Tail for a stream of `recall`: the convolution of the queries alone."""
         inner = self.config.heads * self.config.key_dim
         return None if self.conv is None else self.conv.init_tail(batch_size, inner)
 
-    def recall(
-        self, x: Float[Tensor, "b t d"], weights: tuple[Tensor, ...], tail: Tensor | None
-    ) -> tuple[Float[Tensor, "b t d"], Tensor | None]:
-        """M*(x W_Q): read fixed weights without writing (paper v1, eq. 21)."""
+    def recall_queries(
+        self, x: Float[Tensor, "b t d"], tail: Tensor | None
+    ) -> tuple[Float[Tensor, "b t h k"], Tensor | None]:
+        """x W_Q, to `recall` with, and the next tail."""
         inner = self.config.heads * self.config.key_dim
-        (q,), tail = self.project(x, self.qkv.weight[:inner], tail, unit=1)
-        return self.emit(read_memory(q, weights, self.network, self.anchor()), x), tail
+        unit = 1 if self.config.unit_norm else 0
+        (q,), tail = self.project(x, self.qkv.weight[:inner], tail, unit=unit)
+        return q, tail
+
+    def recall(
+        self, q: Float[Tensor, "b t h k"], gate: Tensor | None, weights: tuple[Tensor, ...]
+    ) -> Float[Tensor, "b t d"]:
+        """M*(q): read fixed weights without writing (paper v1, eq. 21); gate: of `opening`."""
+        return self.emit(read_memory(q, weights, self.network, self.anchor()), gate)
 
 
 class MemoryGates(nn.Module):
@@ -254,15 +300,20 @@ class MemoryGates(nn.Module):
         self.config = config
         heads, sets = config.heads, config.depth if config.per_layer_gates else 1
         channels = config.key_dim if config.decay == "channel" else 1
-        self.sizes = [
-            heads * sets,
-            heads * sets if config.momentum else 0,
-            heads * sets * channels if config.decay != "none" else 0,
+        self.rates = heads * sets
+        self.decays = self.rates * channels if config.decay != "none" else 0
+        self.sizes = [  # of what the input decides
+            0 if config.gates == "constant" else self.rates,
+            self.rates if config.momentum else 0,
+            0 if config.gates in ("step", "constant") else self.decays,
         ]
         width = config.dim + (3 * heads * config.key_dim if config.gate_input == "window" else 0)
         # A low-rank map of the decay stands apart: its first half is `squeeze`.
         self.low_rank = config.decay_rank is not None
-        self.map = nn.Linear(width, sum(self.sizes[:2] if self.low_rank else self.sizes))
+        mapped = sum(self.sizes[:2] if self.low_rank else self.sizes)
+        self.map = nn.Linear(width, mapped) if mapped else None
+        scaled = self.decays and config.gates in ("exponential", "step")
+        self.log_scale = nn.Parameter(torch.empty(self.decays)) if scaled else None  # log A
         if config.decay_rank is not None:
             self.squeeze = nn.Linear(width, config.decay_rank, bias=False)
             self.expand = nn.Linear(config.decay_rank, self.sizes[2])
@@ -270,50 +321,65 @@ class MemoryGates(nn.Module):
 
     def reset_parameters(self) -> None:
         config = self.config
-        nn.init.zeros_(self.map.weight)
-        rate = config.learning_rate_init
+        rate = logit(config.learning_rate_init)
         if config.gates == "closing":
-            rate = (rate + 0.15) / 1.3
-        parts = [torch.full((self.sizes[0],), logit(rate))]
+            rate = logit((config.learning_rate_init + 0.15) / 1.3)
+        elif config.gates == "step":
+            rate = math.log(math.expm1(config.learning_rate_init))
+        parts = [torch.full((self.sizes[0],), rate)]
         parts.append(torch.full((self.sizes[1],), logit(config.momentum_init)))
         if self.sizes[2]:
-            lives = torch.logspace(
-                math.log10(config.half_life_min), math.log10(config.half_life_max), config.heads
-            )
-            forget = math.log(2.0) / lives.double()  # -log(1 - alpha) per token
             # The inverse of softplus at `forget` is also the logit of 1 - exp(-forget).
-            bias = torch.log(torch.expm1(forget))
-            per_head = self.sizes[2] // config.heads
-            # Layout (sets, heads, channels): every set and channel of a head starts alike.
-            channels = config.key_dim if config.decay == "channel" else 1
-            parts.append(
-                bias.float()[None, :, None]
-                .expand(per_head // channels, config.heads, channels)
-                .reshape(-1)
-            )
+            parts.append(torch.log(torch.expm1(self.initial_forgetting())).float())
         with torch.no_grad():
             if self.low_rank:
                 self.squeeze.reset_parameters()
                 nn.init.zeros_(self.expand.weight)
                 self.expand.bias.copy_(parts.pop())
-            self.map.bias.copy_(torch.cat(parts))
+            if self.map is not None:
+                nn.init.zeros_(self.map.weight)
+                self.map.bias.copy_(torch.cat(parts))
+            if self.log_scale is not None and config.gates == "step":
+                step = config.learning_rate_init
+                self.log_scale.copy_(torch.log(self.initial_forgetting() / step))
+            elif self.log_scale is not None:
+                nn.init.zeros_(self.log_scale)
+
+    def initial_forgetting(self) -> Tensor:
+        """-log(1 - alpha) per token, (sets * heads * channels) in float64: half-lives are spread
+        over the heads, and every set and channel of a head starts alike."""
+        config = self.config
+        lives = torch.logspace(
+            math.log10(config.half_life_min), math.log10(config.half_life_max), config.heads
+        )
+        forget = math.log(2.0) / lives.double()
+        channels = config.key_dim if config.decay == "channel" else 1
+        sets = self.rates // config.heads
+        return forget[None, :, None].expand(sets, config.heads, channels).reshape(-1)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Gate, Gate | None, Gate | None]:
         """Gates for `titans.ops.neural_memory`, in at least float32."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            raw = linear(self.map, x.to(wide))
+            raw = x.new_empty(*x.shape[:2], 0, dtype=wide)
+            if self.map is not None:
+                raw = linear(self.map, x.to(wide))
             if self.low_rank:
                 raw = torch.cat([raw, linear(self.expand, linear(self.squeeze, x.to(wide)))], -1)
         raw_rate, raw_momentum, raw_decay = raw.split(self.sizes, -1)
         if config.gates == "closing":
             theta = (1.3 * torch.sigmoid(raw_rate) - 0.15).clamp(0.0, 1.0)
+        elif config.gates == "constant":
+            theta = raw.new_ones(*raw.shape[:2], self.rates)
+        elif config.gates == "step":
+            theta = F.softplus(raw_rate)
         else:
             theta = torch.sigmoid(raw_rate)
         eta = torch.sigmoid(raw_momentum) if config.momentum else None
         alpha = self.forgetting(raw_decay, theta) if config.decay != "none" else None
-        theta = theta * config.learning_rate_limit
+        if config.gates != "step":
+            theta = theta * config.learning_rate_limit
         if eta is not None and config.dampen_momentum:
             theta = theta * (1.0 - eta) ** 2
         return (
@@ -324,11 +390,17 @@ class MemoryGates(nn.Module):
 
     def forgetting(self, raw: Tensor, theta: Tensor) -> Tensor:
         """alpha, (..., sets * heads * channels), from its pre-activation."""
-        if self.config.gates == "sigmoid":
+        gates = self.config.gates
+        if gates == "sigmoid":
             return torch.sigmoid(raw)
-        log_forget = F.softplus(raw)
-        if self.config.tie_forgetting:
-            log_forget = log_forget * theta.repeat_interleave(raw.shape[-1] // theta.shape[-1], -1)
+        if gates == "constant":
+            fixed = -torch.expm1(-self.initial_forgetting())
+            return fixed.to(theta).expand(*theta.shape[:2], -1)
+        log_forget = F.softplus(raw) if self.sizes[2] else theta.new_ones(())
+        if gates == "step" or (gates == "closing" and self.config.tie_forgetting):
+            log_forget = log_forget * theta.repeat_interleave(self.decays // self.rates, -1)
+        if self.log_scale is not None:
+            log_forget = log_forget * self.log_scale.to(theta.dtype).exp()
         return -torch.expm1(-log_forget)
 
     def per_layer(self, gate: Tensor) -> Gate:
@@ -352,6 +424,21 @@ class MemoryGates(nn.Module):
             else split[layer % sets].repeat(1, 1, 1, config.expansion)
             for layer in range(config.depth)
         ]
+
+
+def at_decayed_memory(
+    rate: Float[Tensor, "b t h"], decay: Float[Tensor, "b t h"], values: Float[Tensor, "b t h v"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Learning rate, decay and values with which the rule takes the gradient at what is left of
+    a linear memory, a W with a = 1 - alpha, instead of W:
+
+        a W - b k (k a W - v) = a W - (a b) k (k W - v / a)
+
+    a is at least 2^-20, so that the division is safe: a memory of which a millionth is left.
+    """
+    decay = decay.clamp(max=1.0 - 2.0**-20)
+    keep = 1.0 - decay
+    return rate * keep, decay, values / keep[..., None]
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

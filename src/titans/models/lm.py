@@ -12,7 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from titans.config import TitansConfig, build, to_dict
 from titans.layers.feedforward import SwiGLU
 from titans.layers.memory import MemoryRecord
-from titans.models.baselines.attention import AttentionMixer
+from titans.models.baselines.rule import RuleMixer
+from titans.models.baselines.rwkv7 import RWKV7Mixer
+from titans.models.baselines.sliding import SlidingMixer
+from titans.models.baselines.transformer import TransformerMixer
 from titans.models.lmm import LMMMixer
 from titans.models.mac import MACMixer
 from titans.models.mag import MAGMixer
@@ -31,12 +34,16 @@ FORMAT_VERSION = 1
 # Linear maps whose output is added to the residual stream.
 SINKS = ("mixer.output", "memory.output", "attention.output", "ffn.down")
 
-MIXERS: dict[str, type[nn.Module]] = {
-    "lmm": LMMMixer,
-    "mac": MACMixer,
-    "mag": MAGMixer,
-    "mal": MALMixer,
-    "attention": AttentionMixer,
+# The mixers of a model's layers, repeated; all other variants are settings of the rule.
+MIXERS: dict[str, tuple[type[nn.Module], ...]] = {
+    "lmm": (LMMMixer,),
+    "mac": (MACMixer,),
+    "mag": (MAGMixer,),
+    "mal": (MALMixer,),
+    "transformer": (TransformerMixer,),
+    "sliding": (SlidingMixer,),
+    "rwkv7": (RWKV7Mixer,),
+    "gated-deltanet-h2": (RuleMixer, SlidingMixer),
 }
 
 
@@ -48,13 +55,22 @@ class LMOutput(NamedTuple):
     records: list[MemoryRecord | None]
 
 
+class HiddenOutput(NamedTuple):
+    """hidden (B, T, dim): what the head reads; state and records as in `LMOutput`."""
+
+    hidden: Tensor
+    state: ModelState
+    records: list[MemoryRecord | None]
+
+
 class Block(nn.Module):
     """x + Mixer(norm(x)), then x + SwiGLU(norm(x)): the Llama macro-architecture."""
 
-    def __init__(self, config: TitansConfig) -> None:
+    def __init__(self, config: TitansConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.dim)
-        self.mixer = MIXERS[config.variant](config)
+        mixers = MIXERS.get(config.variant, (RuleMixer,))
+        self.mixer = mixers[layer % len(mixers)](config)
         hidden = config.ffn_hidden
         self.ffn_norm = nn.RMSNorm(config.dim) if hidden else None
         self.ffn = SwiGLU(config.dim, hidden) if hidden else None
@@ -82,7 +98,7 @@ class TitansLM(nn.Module):
         self.config_hash = config.hash()
         self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -124,6 +140,13 @@ class TitansLM(nn.Module):
         self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
     ) -> LMOutput:
         """`forward`, with the record of every memory. write=False: memories are only read."""
+        hidden, state, records = self.hidden(tokens, state, write)
+        return LMOutput(self.head(hidden), state, records)
+
+    def hidden(
+        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+    ) -> HiddenOutput:
+        """`run` without the head: its normalised input instead of logits."""
         self.check_tokens(tokens)
         if state is None:
             state = self.init_state(tokens.shape[0])
@@ -137,12 +160,11 @@ class TitansLM(nn.Module):
                 x, new, record = block(x, past, write)
             after.append(new)
             records.append(record)
-        logits = self.head(self.norm(x))
         position = state.position + tokens.shape[1]
         new_state = ModelState(
             blocks=tuple(after), position=position, config_hash=state.config_hash
         )
-        return LMOutput(logits, new_state, records)
+        return HiddenOutput(self.norm(x), new_state, records)
 
     def check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:

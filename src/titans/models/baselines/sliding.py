@@ -1,4 +1,4 @@
-"""Attention only: the same block without a long-term memory."""
+"""Sliding attention only: the same block without a long-term memory."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from titans.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionState(State):
+class SlidingState(State):
     attention: WindowState
 
 
-class AttentionMixer(nn.Module):
+class SlidingMixer(nn.Module):
     """o = SlidingWindow([persistent || x])."""
 
     def __init__(self, config: TitansConfig) -> None:
@@ -26,11 +26,11 @@ class AttentionMixer(nn.Module):
             config.dim, config.heads, config.window, config.rope_base
         )
 
-    def init_state(self, batch_size: int) -> AttentionState:
-        return AttentionState(attention=self.attention.init_state(self.persistent(batch_size)))
+    def init_state(self, batch_size: int) -> SlidingState:
+        return SlidingState(attention=self.attention.init_state(self.persistent(batch_size)))
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: AttentionState, write: bool = True
-    ) -> tuple[Float[Tensor, "b t d"], AttentionState, None]:
+        self, x: Float[Tensor, "b t d"], state: SlidingState, write: bool = True
+    ) -> tuple[Float[Tensor, "b t d"], SlidingState, None]:
         y, attention = self.attention(x, state.attention)
-        return y, AttentionState(attention=attention), None
+        return y, SlidingState(attention=attention), None
