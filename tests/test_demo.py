@@ -100,7 +100,7 @@ def test_numbers_are_readable() -> None:
 def test_curves_follow_the_facts(result) -> None:
     """The learning rate of the memories peaks where a fact is stated."""
     from titans.data.carrier import python_text
-    from titans.evals.recall import hide_facts, read
+    from titans.evals.facts import hide_facts, read
 
     hay = hide_facts(python_text(held_out=True), (500,), streams=1, seed=5)
     curve = demo.Curve()

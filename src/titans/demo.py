@@ -22,7 +22,7 @@ from rich.table import Table
 
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Fact
-from titans.evals.recall import Haystack, ask, hide_facts, read
+from titans.evals.facts import Haystack, ask, hide_facts, read
 from titans.generate import Reading
 from titans.models.lm import load
 from titans.state import ModelState

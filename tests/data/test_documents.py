@@ -144,6 +144,15 @@ def test_another_encoding(tmp_path):
         texts(tmp_path, encoding="latin-x")
 
 
+def test_the_encoding_of_each_file_is_found(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "b.txt").write_bytes("café".encode())
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"caf\xe9"))
+    assert texts(tmp_path, encoding="auto") == ["café"] * 3
+    with pytest.raises(ValueError, match=r"d\.txt: no such file"):
+        texts(tmp_path / "d.txt", encoding="auto")
+
+
 def test_real_books_lose_their_licence_and_keep_their_text():
     path = data_folder("books") / "2600-0.txt.gz"
     [whole] = texts(path)

@@ -13,7 +13,7 @@ from titans.data.facts import (
     FactBatches,
     draw_facts,
 )
-from titans.evals.recall import ask, hide_facts, read
+from titans.evals.facts import ask, hide_facts, read
 
 TEXT = [np.frombuffer(b"plain text without any digit in it. " * 400, dtype=np.uint8)]
 

@@ -1,6 +1,7 @@
 """The data of a run, and evaluations on what is held out."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from titans.data.text import IGNORED
 from titans.data.tokenizers import ByteTokenizer
 from titans.train import evaluate as evaluation
 from titans.train.batches import EVALUATION_SEED, TextBatches, open_data
+from titans.train.config import BabiRows, NeedleRows
 from titans.train.evaluate import evaluate, recall
 from titans.train.loop import new_training
 
@@ -84,6 +86,70 @@ def test_the_shortest_row_holds_its_facts(tiny):
     assert open_data(config).at(0).train.batch(0).answers.sum(1).eq(4).all()
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """questions(task) -> `data` of a run that asks about needles or bAbI's stories."""
+    for name in ("nounlist.txt", "adjectivelist.txt"):
+        (tmp_path / name).write_text("".join(f"{name[0]}{i}\n" for i in range(300)))
+    places = ("kitchen", "garden", "office")
+    story = "1 Mary went to the {}.\n2 Day {} came.\n3 Where is Mary?\t{}\t1\n"
+    for split, first in (("train", 0), ("test", 200)):
+        stories = [story.format(p, day, p) for day in range(first, first + 20) for p in places]
+        (tmp_path / f"qa1_places_{split}.txt").write_text("".join(stories))
+    needle = NeedleRows(words=str(tmp_path), kinds=("single-1", "single-2"))
+    babi = BabiRows(folder=str(tmp_path))
+    sections = {
+        "facts": {},
+        "needle": {"lengths": (512,), "needle": needle},
+        "babi": {"lengths": (256,), "babi": babi},
+    }
+    return sections.__getitem__
+
+
+@pytest.mark.parametrize("task", ["needle", "babi"])
+def test_questions_in_prose(tiny, questions, corpus, task):
+    held_out = {"valid_paths": (str(corpus / "held_out.txt"),)}
+    stages = {"stages": (10,), "stage_lengths": ((768,),), "stage_facts": ((1, 1),)}
+    data = {**questions(task), **held_out, **stages}
+    opened = open_data(tiny(task, data=data, tokens_per_batch=1536))
+    assert opened.in_bytes
+    length = {"needle": 512, "babi": 256}[task]
+    train, valid = opened.at(0).train, opened.at(0).valid
+    assert train.batch(0).tokens.shape == (1536 // length, length)
+    assert opened.at(10).train.batch(0).tokens.shape == (2, 768)
+    texts = {}
+    for name, source in (("train", train), ("valid", valid)):
+        batches = [source.batch(step) for step in range(12)]
+        texts[name] = "|".join(bytes(row.tolist()).decode() for b in batches for row in b.tokens)
+        assert all(batch.answers.sum(1).gt(0).all() for batch in batches)
+    if task == "needle":
+        found = {name: set(re.findall(r"for (\S+) is: ", text)) for name, text in texts.items()}
+    else:
+        found = {name: set(re.findall(r"Day \d+", text)) for name, text in texts.items()}
+        assert not any(int(day[4:]) >= 200 for days in found.values() for day in days)
+    assert all(found.values())
+    assert not found["train"] & found["valid"]
+    again = open_data(tiny(task, data=data, tokens_per_batch=1536)).at(0).train
+    assert torch.equal(again.batch(5).tokens, train.batch(5).tokens)
+
+
+def test_needles_in_noise_need_no_prose(tiny, questions):
+    data = questions("needle")
+    noise = NeedleRows(words=data["needle"].words, kinds=("single-1", "variables"))
+    nothing = {"paths": (), "valid_paths": ()}
+    config = tiny("needle", data={**data, **nothing, "needle": noise}, tokens_per_batch=512)
+    assert open_data(config).at(0).train.batch(0).answers.any()
+    with pytest.raises(ValueError, match=r"data.paths is empty: the task needle hides sentences"):
+        open_data(tiny("needle", data={**data, **nothing}, tokens_per_batch=512))
+
+
+def test_too_short_rows_are_named(tiny, questions):
+    for task, message in (("needle", "for a needle and a question"), ("babi", "for a story and")):
+        data = {**questions(task), "lengths": (64,)}
+        with pytest.raises(ValueError, match=f"a row of 65 tokens is too short {message}"):
+            open_data(tiny(task, data=data))
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
@@ -144,13 +210,16 @@ def test_an_evaluation_reads_whole_windows(tiny):
     assert metrics["valid_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_recall_counts_digits_and_whole_answers():
-    correct = torch.tensor([True, True, True, True, True, True, False, True])
-    assert recall(correct) == {"valid_digit_recall": 7 / 8, "valid_answer_recall": 1 / 2}
+def test_recall_counts_tokens_and_whole_answers():
+    # Answers of two, three and one token, the last two side by side in different rows.
+    answers = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0]]).bool()
+    hits = torch.tensor([[0, 1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0, 0]]).bool()
+    assert recall(hits, answers).tolist() == [[5, 6], [2, 3]]
 
 
-def test_a_model_that_knows_recalls_all(tiny, monkeypatch):
-    config = tiny("facts")
+@pytest.mark.parametrize("task", ["facts", "needle", "babi"])
+def test_a_model_that_knows_recalls_all(tiny, questions, monkeypatch, task):
+    config = tiny(task, data=questions(task), tokens_per_batch=1024)
     model = new_training(config, CPU).model
     valid = open_data(config).at(0).valid
     assert evaluate(model, valid, config, in_bytes=True)["valid_answer_recall"] < 0.1
@@ -162,4 +231,4 @@ def test_a_model_that_knows_recalls_all(tiny, monkeypatch):
 
     monkeypatch.setattr(evaluation, "read_segment", oracle)
     metrics = evaluate(model, valid, config, in_bytes=True)
-    assert metrics["valid_digit_recall"] == metrics["valid_answer_recall"] == 1.0
+    assert metrics["valid_token_recall"] == metrics["valid_answer_recall"] == 1.0

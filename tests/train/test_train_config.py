@@ -4,7 +4,9 @@ import pytest
 
 from titans.config import TitansConfig, load_toml, to_toml
 from titans.train.config import (
+    BabiRows,
     DataConfig,
+    NeedleRows,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -85,9 +87,32 @@ def test_data_mistakes_are_named(values, message):
         DataConfig(**{"task": "facts", **values})
 
 
+def test_questions_have_a_section_of_their_own(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[data]\ntask = "needle"\nstages = [5]\nstage_lengths = [[512]]\n'
+        '[data.needle]\nkinds = ["single-1", "variables"]\n[data.babi]\ntasks = [1, 4]\n'
+    )
+    config = load_toml(path, RunConfig, {"data.needle.dense": "0.25", "data.babi.folder": "x"})
+    assert config.data.needle.kinds == ("single-1", "variables")
+    assert (config.data.needle.dense, config.data.babi.dense) == (0.25, 0.5)
+    assert config.data.babi == BabiRows(tasks=(1, 4), folder="x")
+    path.write_text(to_toml(config))
+    assert load_toml(path, RunConfig) == config
+    path.write_text("[data.needle]\nkind = 3")
+    with pytest.raises(ValueError, match=r"unknown key 'data.needle.kind'; did you mean 'data"):
+        load_toml(path, RunConfig)
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
+        (NeedleRows, {"kinds": ()}, "data.needle.kinds is empty"),
+        (NeedleRows, {"kinds": ("single",)}, "unknown needle kind 'single'; known: single-1"),
+        (NeedleRows, {"dense": 1.5}, r"data.needle.dense must lie in \[0, 1\], got 1.5"),
+        (BabiRows, {"tasks": (0,)}, r"data.babi.tasks must be numbers from 1 on, got \[0\]"),
+        (BabiRows, {"tasks": ()}, "data.babi.tasks must be"),
+        (BabiRows, {"dense": -0.5}, "data.babi.dense must lie"),
         (OptimizerConfig, {"learning_rate": 0.0}, "expected learning rates above 0, got 0.0"),
         (OptimizerConfig, {"muon_learning_rate": -1.0}, "learning rates above 0, got -1.0"),
         (OptimizerConfig, {"betas": (0.9,)}, r"betas must be two of \[0, 1\), got \[0.9\]"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".jsonl"})
 
+AUTO = "auto"  # an encoding: see `read_documents`
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open}
 _HUB_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # The title between the stars may run over a line end, but not on for ever.
@@ -48,7 +49,8 @@ def read_documents(
     document, as it stands, line ends included. Both may be compressed (`.gz`, `.bz2`). A folder is
     read recursively, and only its files with one of `TEXT_SUFFIXES` count; of those, files that
     hold no text at all are passed over. `strip_gutenberg` removes the header and footer of Project
-    Gutenberg. The default encoding is UTF-8, with or without a byte-order mark.
+    Gutenberg. The default encoding is UTF-8, with or without a byte-order mark; "auto" is that
+    too, and Latin-1 for a file that is not UTF-8.
 
     One document is in memory at a time. All paths are looked up before the first one is read, so
     that a misspelt one is found at once.
@@ -58,7 +60,7 @@ def read_documents(
     Also for an encoding that Python does not know.
     """
     try:
-        codecs.lookup(encoding)
+        codecs.lookup("utf-8" if encoding == AUTO else encoding)
     except LookupError as error:
         raise ValueError(f"expected the name of a text encoding, got {encoding!r}") from error
     if isinstance(paths, (str, Path)):
@@ -147,7 +149,9 @@ def _kind(path: Path) -> str:
 
 def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
     """The documents of one file; none where a plain file holds no characters."""
-    with _open_text(path, encoding) as stream:
+    if encoding == AUTO:
+        encoding = "utf-8-sig" if _is_utf8(path) else "latin-1"
+    with open_text(path, encoding) as stream:
         if _kind(path) == ".jsonl":
             yield from _read_lines(stream, path, text_key)
         elif text := stream.read():
@@ -156,8 +160,24 @@ def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
             yield Document(str(path), text)
 
 
+def _is_utf8(path: Path) -> bool:
+    """Reads the whole file for it; one that cannot be read is told of when it is."""
+    opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    try:
+        with opener(path, "rb") as stream:
+            while block := stream.read(2**20):
+                decode(block)
+        decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    except (OSError, EOFError, zlib.error):
+        pass
+    return True
+
+
 @contextmanager
-def _open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
+def open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
     """Opens a plain or compressed file; whatever goes wrong in reading it names the file."""
     opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
     try:

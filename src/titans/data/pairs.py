@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEYS, VALUES, NOISE = 32, 32, 31
+KEYS = VALUES = 32
+NOISE = 31
 QUERY = KEYS + VALUES + NOISE
 VOCABULARY = QUERY + 1
 IGNORED = -100
@@ -26,14 +27,27 @@ class PairBatch(NamedTuple):
 
 
 class PairTask:
-    """Rows of `length` tokens, a pure function of (seed, step); any length, piece by piece."""
+    """Rows of `length` tokens, a pure function of (seed, step); any length, piece by piece.
 
-    def __init__(self, *, rows: int, length: int, pairs: int, seed: int) -> None:
+    keys: how many keys there are, and as many values: ids 0 ... keys - 1 and keys ... 2 keys - 1,
+    then NOISE tokens of noise, then QUERY. `vocabulary` counts them all.
+    """
+
+    def __init__(self, *, rows: int, length: int, pairs: int, seed: int, keys: int = KEYS) -> None:
         if length < 4 * pairs + 2:
             raise ValueError(f"length must be at least {4 * pairs + 2} for {pairs} pairs")
-        if not 0 < pairs <= KEYS:
-            raise ValueError(f"pairs must lie in 1..{KEYS}, got {pairs}")
+        if not 0 < pairs <= keys:
+            raise ValueError(f"pairs must lie in 1..{keys}, got {pairs}")
         self.rows, self.length, self.pairs, self.seed = rows, length, pairs, seed
+        self.keys = keys
+
+    @property
+    def query(self) -> int:
+        return 2 * self.keys + NOISE
+
+    @property
+    def vocabulary(self) -> int:
+        return self.query + 1
 
     def batch(self, step: int) -> PairBatch:
         """All tokens at once."""
@@ -44,8 +58,8 @@ class PairTask:
         """The same rows, `piece` tokens at a time, in constant memory."""
         generator = np.random.default_rng((self.seed, step))
         rows, pairs = self.rows, self.pairs
-        keys = np.argsort(generator.random((rows, KEYS)), 1)[:, :pairs]
-        values = KEYS + generator.integers(0, VALUES, (rows, pairs))
+        keys = np.argsort(generator.random((rows, self.keys)), 1)[:, :pairs]
+        values = self.keys + generator.integers(0, self.keys, (rows, pairs))
         order = np.argsort(generator.random((rows, pairs)), 1)
         body = self.length - 2 * pairs  # queries follow
         slots = np.stack([self.places(body // 2, generator) for _ in range(rows)]) * 2
@@ -53,12 +67,12 @@ class PairTask:
         asked, answers = keys[row, order], values[row, order]
         for start in range(0, self.length, piece):
             stop = min(start + piece, self.length)
-            tokens = KEYS + VALUES + generator.integers(0, NOISE, (rows, stop - start))
+            tokens = 2 * self.keys + generator.integers(0, NOISE, (rows, stop - start))
             labels = np.full((rows, stop - start), IGNORED)
             put(tokens, slots - start, keys)
             put(tokens, slots + 1 - start, values)
             at = body + 2 * np.arange(pairs)[None].repeat(rows, 0)
-            put(tokens, at - start, np.full_like(asked, QUERY))
+            put(tokens, at - start, np.full_like(asked, self.query))
             put(tokens, at + 1 - start, asked)
             put(labels, at + 1 - start, answers)
             yield PairBatch(torch.from_numpy(tokens), torch.from_numpy(labels))

@@ -1,15 +1,18 @@
 """What each step trains on, and what evaluations run on: the data of a `RunConfig`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from titans.data.babilong import BabiBatches, BabiTask, training_questions
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Batch, FactBatches
+from titans.data.haystack import Ring, prose
+from titans.data.needle import KINDS, NeedleBatches, NeedleTask
 from titans.data.shards import Shards
 from titans.data.text import IGNORED, TextWindows, from_files
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
@@ -19,6 +22,7 @@ from titans.train.config import DataConfig, RunConfig, Stage, expand_paths
 EVALUATION_SEED = 2**40
 
 Documents = Shards | Sequence[np.ndarray]
+S = TypeVar("S")
 
 
 @runtime_checkable
@@ -76,12 +80,27 @@ def open_data(config: RunConfig) -> Data:
     """The data of a run; ValueError of one line for what is missing or does not fit."""
     if config.train.seed >= EVALUATION_SEED:
         raise ValueError(f"train.seed must be below {EVALUATION_SEED}, got {config.train.seed}")
-    data = open_facts(config) if config.data.task == "facts" else open_text(config)
+    opened = {"text": open_text, "facts": open_facts, "needle": open_needle, "babi": open_babi}
+    data = opened[config.data.task](config)
     if config.train.eval_every and data.splits[0].valid is None:
         raise ValueError(
             "data.valid_paths is empty: name held-out text, or set train.eval_every to 0"
         )
     return data
+
+
+def by_stage(
+    config: RunConfig, make: Callable[[Stage, S, int], Batches], train: S, valid: S
+) -> list[Split]:
+    """One split for each stage; make(stage, source, seed) gives the batches of a source."""
+    return [
+        Split(
+            stage.begin,
+            make(stage, train, config.train.seed),
+            make(stage, valid, EVALUATION_SEED),
+        )
+        for stage in config.data.curriculum()
+    ]
 
 
 def open_facts(config: RunConfig) -> Data:
@@ -105,15 +124,7 @@ def open_facts(config: RunConfig) -> Data:
             seed=seed,
         )
 
-    splits = [
-        Split(
-            stage.begin,
-            batches(stage, texts, config.train.seed),
-            batches(stage, valid, EVALUATION_SEED),
-        )
-        for stage in config.data.curriculum()
-    ]
-    return Data(splits, in_bytes=True)
+    return Data(by_stage(config, batches, texts, valid), in_bytes=True)
 
 
 def check_room(stage: Stage) -> None:
@@ -124,6 +135,67 @@ def check_room(stage: Stage) -> None:
         raise ValueError(
             f"a row of {shortest} tokens is too short for data.facts_min = {fewest}: need {needed}"
         )
+
+
+def open_needle(config: RunConfig) -> Data:
+    """Needles in noise or prose; evaluations draw other words and values, in held-out prose."""
+    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer or "bytes")
+    check_vocabulary(config, tokenizer.vocab_size)
+    (words,) = expand_paths((data.needle.words,))
+
+    def tasks(held_out: bool) -> list[NeedleTask]:
+        in_prose = any(KINDS[kind].haystack == "prose" for kind in data.needle.kinds)
+        text = open_prose(data, tokenizer, held_out) if in_prose else None
+        return [NeedleTask(kind, words, text, tokenizer, held_out) for kind in data.needle.kinds]
+
+    def batches(stage: Stage, tasks: list[NeedleTask], seed: int) -> NeedleBatches:
+        return NeedleBatches(
+            tasks,
+            lengths=stage.lengths,
+            tokens_per_batch=config.train.tokens_per_batch,
+            questions=stage.facts,
+            dense=data.needle.dense,
+            text_weight=data.text_weight,
+            seed=seed,
+        )
+
+    splits = by_stage(config, batches, tasks(held_out=False), tasks(held_out=True))
+    return Data(splits, in_bytes=isinstance(tokenizer, ByteTokenizer))
+
+
+def open_babi(config: RunConfig) -> Data:
+    """bAbI's facts in prose; evaluations ask the last twentieth of the training questions, in
+    held-out prose, and leave the test files to `titans.evals.babilong`."""
+    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer or "bytes")
+    check_vocabulary(config, tokenizer.vocab_size)
+    (folder,) = expand_paths((data.babi.folder,))
+    texts = {held_out: open_prose(data, tokenizer, held_out) for held_out in (False, True)}
+    train, valid = [], []
+    for number in data.babi.tasks:
+        questions = training_questions(folder, number)
+        kept = len(questions) - max(len(questions) // 20, 1)
+        train.append(BabiTask(questions[:kept], texts[False], tokenizer))
+        valid.append(BabiTask(questions[kept:], texts[True], tokenizer))
+
+    def batches(stage: Stage, tasks: list[BabiTask], seed: int) -> BabiBatches:
+        return BabiBatches(
+            tasks,
+            lengths=stage.lengths,
+            tokens_per_batch=config.train.tokens_per_batch,
+            dense=data.babi.dense,
+            text_weight=data.text_weight,
+            seed=seed,
+        )
+
+    splits = by_stage(config, batches, train, valid)
+    return Data(splits, in_bytes=isinstance(tokenizer, ByteTokenizer))
+
+
+def open_prose(data: DataConfig, tokenizer: Tokenizer, held_out: bool) -> Ring:
+    paths = data.valid_paths if held_out and data.valid_paths else data.paths
+    if not paths:
+        raise ValueError(f"data.paths is empty: the task {data.task} hides sentences in prose")
+    return prose(expand_paths(paths), tokenizer, held_out)
 
 
 def open_text(config: RunConfig) -> Data:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from titans.config import TitansConfig, require_positive, to_dict
+from titans.data.needle import check_kind
 
 
 class Stage(NamedTuple):
@@ -20,17 +21,57 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeedleRows:
+    """Task needle: RULER's needles, see `data.needle`. `facts_min` and `facts_max` are the
+    questions of a dense row."""
+
+    kinds: tuple[str, ...] = ("single-1",)
+    """Names in `data.needle.KINDS`; every row is of one of them."""
+    words: str = "$TITANS_DATA_DIR/needle"
+    """Folder with nounlist.txt and adjectivelist.txt."""
+    dense: float = 0.5
+    """Share of rows with several questions in the text. The others are just like the tests'."""
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ValueError("data.needle.kinds is empty: expected at least one kind")
+        for kind in self.kinds:
+            check_kind(kind)
+        require_share("data.needle.dense", self.dense)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BabiRows:
+    """Task babi: bAbI's facts in prose, see `data.babilong`."""
+
+    tasks: tuple[int, ...] = (1,)
+    """Numbers of bAbI tasks; every row is of one of them."""
+    folder: str = "$TITANS_DATA_DIR/babi"
+    """Folder of bAbI's files, qa1_..._train.txt and so on."""
+    dense: float = 0.5
+    """Share of rows with all questions of a story. The others are just like the tests'."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or min(self.tasks) < 1:
+            raise ValueError(f"data.babi.tasks must be numbers from 1 on, got {list(self.tasks)}")
+        require_share("data.babi.dense", self.dense)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read. A path may begin with an environment variable: `$TITANS_DATA_DIR/books`."""
 
-    task: Literal["text", "facts"] = "text"
-    """text: predict the next token. facts: recall facts hidden in text, see `data.facts`."""
+    task: Literal["text", "facts", "needle", "babi"] = "text"
+    """text: predict the next token. facts: recall facts hidden in text, see `data.facts`. needle,
+    babi: RULER's and BABILong's questions, see the sections of that name."""
     paths: tuple[str, ...] = ()
     """Files, folders, or the one folder `titans data prepare` made (its `train` and `valid` are
-    found). Empty: the Python standard library's sources, four modules in five."""
+    found). Empty: the Python standard library's sources, four modules in five. Tasks needle and
+    babi: prose, from which the books held out for tests are left out; empty for noise alone."""
     valid_paths: tuple[str, ...] = ()
     """Held-out text, likewise. Empty: the prepared folder's `valid`, or the fifth module; task
-    facts with `paths` of its own then hides new facts in the training text."""
+    facts with `paths` of its own then hides new facts in the training text; tasks needle and babi
+    read the held-out books of `paths`, or all of it where there are none."""
     tokenizer: str | None = None
     """`bytes`, or the path of a tokenizer.json. None: that of the prepared folder, else bytes."""
     length: int = 512
@@ -39,16 +80,18 @@ class DataConfig:
     """Task text: consecutive segments of a document, one a step. The memory is carried from one
     to the next, the gradient is not (truncated backpropagation through time)."""
     lengths: tuple[int, ...] = (64,)
-    """Task facts: tokens per row; every step draws one of them."""
+    """All tasks but text: tokens per row; every step draws one of them."""
     facts_min: int = 1
     """Task facts: fewest facts in a row."""
     facts_max: int = 8
     """Task facts: most facts in a row; a short row holds what fits."""
     text_weight: float = 0.1
-    """Task facts: weight of the surrounding text's mean loss; that of the answers is 1."""
+    """All tasks but text: weight of the surrounding text's mean loss; that of the answers is 1."""
+    needle: NeedleRows = field(default_factory=NeedleRows)
+    babi: BabiRows = field(default_factory=BabiRows)
     stages: tuple[int, ...] = ()
-    """Task facts, a curriculum: the steps before which the second, third ... stage begins. The
-    first stage is `lengths`, `facts_min` and `facts_max`."""
+    """A curriculum, for all tasks but text: the steps before which the second, third ... stage
+    begins. The first stage is `lengths`, `facts_min` and `facts_max`."""
     stage_lengths: tuple[tuple[int, ...], ...] = ()
     """`lengths` of each of those later stages."""
     stage_facts: tuple[tuple[int, ...], ...] = ()
@@ -90,9 +133,9 @@ class DataConfig:
                     f"data: expected 0 < facts_min <= facts_max, got {list(stage.facts)}"
                 )
         if self.task == "text" and self.stages:
-            raise ValueError("data.stages is for the task facts; text has one length")
-        if self.task == "facts" and self.segments != 1:
-            raise ValueError("data.segments is for the task text; a row of facts is read at once")
+            raise ValueError("data.stages is for the tasks with answers; text has one length")
+        if self.task != "text" and self.segments != 1:
+            raise ValueError("data.segments is for the task text; other rows are read at once")
         if self.task == "facts" and self.tokenizer not in (None, "bytes"):
             raise ValueError(f"the task facts reads bytes, got data.tokenizer {self.tokenizer!r}")
 
@@ -207,6 +250,11 @@ class RunConfig:
                 f"train.accumulate ({self.train.accumulate}) must not exceed the {rows} rows of "
                 "a batch"
             )
+
+
+def require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def write_cost_at(config: RunConfig, step: int) -> float:

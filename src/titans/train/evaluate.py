@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from titans.data.facts import DIGITS, Batch
+from titans.data.facts import Batch
 from titans.models.lm import TitansLM
 from titans.train.batches import Batches
 from titans.train.config import RunConfig
@@ -18,13 +18,13 @@ def evaluate(
     """Metrics over `eval_batches` batches, each a window of all its segments.
 
     Task text: `valid_loss` in nats per token, and bits per byte (the end of a document counts as
-    a byte) or perplexity. Task facts: the training loss, and the shares of digits and of whole
-    answers recalled, each digit after the true ones before it.
+    a byte) or perplexity. The other tasks: the training loss, and the shares of the answers'
+    tokens and of whole answers recalled, each token after the true ones before it.
     """
     device = next(model.parameters()).device
     segments = config.data.segments
     loss, tokens = 0.0, 0
-    correct: list[torch.Tensor] = []
+    recalled: list[torch.Tensor] = []
     memory = None
     for number in range(config.train.eval_batches * segments):
         batch = Batch(*(column.to(device) for column in batches.batch(number)))
@@ -32,24 +32,36 @@ def evaluate(
             memory = None
         segment = read_segment(model, batch, memory, config.train.precision)
         memory = segment.state
-        if config.data.task == "facts":
+        if config.data.task != "text":
             loss += float((segment.nll * batch.weights).sum())
             hits = segment.logits.argmax(-1) == batch.labels
-            correct.append(hits[batch.answers].cpu())
+            recalled.append(recall(hits.cpu(), batch.answers.cpu()))
         else:
             loss += float(segment.nll.double().sum())
             tokens += int((batch.weights > 0).sum())
-    if config.data.task == "facts":
-        return {"valid_loss": loss / config.train.eval_batches, **recall(torch.cat(correct))}
+    if config.data.task != "text":
+        right, asked = torch.stack(recalled).sum(0).T
+        return {
+            "valid_loss": loss / config.train.eval_batches,
+            "valid_token_recall": (right[0] / asked[0]).item(),
+            "valid_answer_recall": (right[1] / asked[1]).item(),
+        }
     loss /= max(tokens, 1)
     if in_bytes:
         return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2.0)}
     return {"valid_loss": loss, "valid_perplexity": torch.tensor(loss).exp().item()}
 
 
-def recall(correct: torch.Tensor) -> dict[str, float]:
-    """correct: (answers * DIGITS), answer after answer."""
-    return {
-        "valid_digit_recall": correct.float().mean().item(),
-        "valid_answer_recall": correct.view(-1, DIGITS).all(1).float().mean().item(),
-    }
+def recall(hits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """hits, answers: (B, T) bool; an answer is an unbroken run of `answers`.
+
+    [[tokens right, tokens], [answers right, answers]], float64.
+    """
+    first = answers.clone()
+    first[:, 1:] &= ~answers[:, :-1]
+    count = int(first.sum())
+    owner = first.flatten().cumsum(0)[answers.flatten()] - 1  # of each token of an answer
+    wrong = torch.zeros(count).index_add_(0, owner, (~hits[answers]).float())
+    return torch.tensor(
+        [[hits[answers].sum(), answers.sum()], [(wrong == 0).sum(), count]], dtype=torch.float64
+    )

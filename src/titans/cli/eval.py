@@ -1,0 +1,133 @@
+"""titans eval: what a model can do, one suite a question."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titans.cli.fields import add_fields, from_options
+from titans.cli.parser import Parser, add_json, verb
+
+
+class Suite(NamedTuple):
+    """module: in `titans.evals`; its function has the module's name. config: its settings.
+    reads: is it asked of a checkpoint? The others train their own models."""
+
+    module: str
+    config: str
+    text: str
+    reads: bool
+
+
+SUITES = {
+    "perplexity": Suite(
+        "perplexity", "PerplexityConfig", "bits per byte of texts, also by position", True
+    ),
+    "needle": Suite("needle", "NeedleConfig", "RULER's needles in a haystack", True),
+    "babilong": Suite("babilong", "BabilongConfig", "bAbI's facts in the text of books", True),
+    "commonsense": Suite(
+        "commonsense", "CommonsenseConfig", "multiple choice: PIQA, HellaSwag, ARC ...", True
+    ),
+    "genome": Suite("genome", "GenomeConfig", "next base of a genome, by context", True),
+    "recall": Suite("recall", "RecallConfig", "train on pairs, and ask for ever more", False),
+    "dna": Suite("dna", "DNAConfig", "train and test classifiers of sequences", False),
+    "forecast": Suite("forecast", "ForecastSettings", "train and test a forecaster", False),
+}
+
+
+def add_eval(verbs: Any) -> None:
+    group = verbs.add_parser("eval", help="measure what a model can do")
+    actions = group.add_subparsers(
+        dest="suite", required=True, metavar="SUITE", parser_class=SuiteParser
+    )
+    for name, suite in SUITES.items():
+        parser = verb(actions, name, run_eval, suite.text)
+        assert isinstance(parser, SuiteParser)
+        parser.suite = suite
+
+
+class SuiteParser(Parser):
+    """Its options come from the suite's settings, which are imported when they are needed."""
+
+    suite: Suite | None = None
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        if self.suite is not None:
+            suite, self.suite = self.suite, None
+            if suite.reads:
+                self.add_argument(
+                    "--checkpoint", type=Path, required=True, help="a model file (safetensors)"
+                )
+                self.add_argument(
+                    "--tokenizer", default="bytes", help="'bytes' or a tokenizer.json"
+                )
+            add_fields(self, getattr(load_suite(suite), suite.config))
+            self.add_argument("--out", type=Path, help="folder for the result as JSON and plot")
+            add_json(self)
+        return super().parse_known_args(*arguments, **named)
+
+
+def load_suite(suite: Suite) -> Any:
+    return importlib.import_module(f"titans.evals.{suite.module}")
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    suite = SUITES[options.suite]
+    module = load_suite(suite)
+    config = from_options(getattr(module, suite.config), options)
+    function: Callable[..., Any] = getattr(module, suite.module)
+    if suite.reads:
+        from titans.data.tokenizers import load_tokenizer
+        from titans.models.lm import load
+
+        model = load(options.checkpoint)
+        extra = () if options.suite == "genome" else (load_tokenizer(options.tokenizer),)
+        result = function(model, config, *extra)
+    else:
+        result = function(config)
+    show(result)
+    content = dataclasses.asdict(result)
+    if options.out is not None:
+        from titans.evals.report import write_json
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / f"{options.suite}.json", content)
+        if hasattr(module, "plot"):
+            module.plot(result, options.out / f"{options.suite}.png")
+        print(f"Wrote {options.suite}.json to {options.out}/")
+    if options.json:
+        print(json.dumps(content))
+
+
+def show(result: Any) -> None:
+    """Plain fields one a line, lists of records as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if dataclasses.is_dataclass(value):
+            continue  # the settings, which the user knows
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            names = [f.name for f in dataclasses.fields(value[0])]
+            table = Table(*names, title=field.name)
+            for row in value:
+                table.add_row(*(readable(getattr(row, name)) for name in names))
+            console.print(table)
+        else:
+            console.print(f"{field.name}: {readable(value)}", highlight=False)
+
+
+def readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, tuple):
+        return f"{len(value)} values" if len(value) > 8 else ", ".join(map(readable, value))
+    return str(value)

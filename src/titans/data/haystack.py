@@ -1,0 +1,212 @@
+"""Sentences hidden in text of any length, piece by piece: what needles and bAbI facts share.
+
+A sample is never held as a whole. Its text is a ring of sentences that is read from some place
+on, with other sentences put into its gaps; ten million tokens take no more room than a thousand.
+What is read of the books is split by `prose_files`, what is hidden in them by
+`data.facts.is_held_out` (or by bAbI's own files).
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from titans.data.documents import TEXT_SUFFIXES, read_documents
+from titans.data.facts import ANSWER, TEXT, Batch
+from titans.data.tokenizers import Tokenizer, encode_document
+
+HELD_OUT_BOOKS = ("austen-persuasion", "chesterton-thursday", "1184-0")
+"""Beginnings of the file names of the books that tests read and training does not."""
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+_CLOSE, _OPEN = "\"'\u201d\u2019)_", "\"'\u201c\u2018(_"  # quotes and their like
+# A full stop, if what follows looks like a beginning.
+_SENTENCE_END = re.compile(
+    rf"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][{_CLOSE}]* (?=[{_OPEN}]*[A-Z])"
+)
+
+
+class Piece(NamedTuple):
+    """Some tokens, and what they are: TEXT, STATED (no one can know them) or ANSWER."""
+
+    tokens: np.ndarray
+    kind: int = TEXT
+
+
+Unit = tuple[Piece, ...]
+"""A sentence: it is never torn apart, but for the first of a haystack."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answer.
+
+    length: tokens of the prompt. pieces: the prompt from its beginning, as often as it is called.
+    answer: the tokens that should follow. expected: the strings that a right answer contains.
+    question: the words of the question.
+    """
+
+    length: int
+    pieces: Callable[[], Iterator[Piece]]
+    answer: np.ndarray
+    expected: tuple[str, ...]
+    question: str
+
+
+def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of `text`, in the dtype of the tokenizer's documents."""
+    return encode_document(tokenizer, text)[:-1]
+
+
+def size(unit: Iterable[Piece]) -> int:
+    return sum(len(piece.tokens) for piece in unit)
+
+
+class Ring:
+    """Sentences around and around.
+
+    tokens: all sentences, each with the space or line end after it. starts: where each begins.
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        self.tokens, self.starts = tokens, starts
+
+    @classmethod
+    def of(cls, sentences: Iterable[str], tokenizer: Tokenizer) -> "Ring":
+        """ValueError where there is no text."""
+        parts = [encode(tokenizer, sentence) for sentence in sentences]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        if not lengths.sum():
+            raise ValueError("the haystack is empty: expected some text")
+        kept = lengths > 0
+        starts = (np.cumsum(lengths) - lengths)[kept]
+        return cls(np.concatenate(parts), starts)
+
+    def random_end(self, generator: np.random.Generator) -> int:
+        """Where a haystack may end: at the end of some sentence."""
+        return int(self.starts[generator.integers(len(self.starts))])
+
+    def sentences(self, length: int, end: int) -> Iterator[Unit]:
+        """The `length` tokens before `end`; the first sentence begins where the count says."""
+        place = (end - length) % len(self.tokens)
+        index = int(np.searchsorted(self.starts, place, side="right"))
+        while length > 0:
+            stop = len(self.tokens) if index == len(self.starts) else int(self.starts[index])
+            yield (Piece(self.tokens[place:stop]),)
+            length -= stop - place
+            place, index = (0, 1) if stop == len(self.tokens) else (stop, index + 1)
+
+
+def noise(tokenizer: Tokenizer) -> Ring:
+    return Ring.of([NOISE + "\n"], tokenizer)
+
+
+def prose(paths: Sequence[str | Path], tokenizer: Tokenizer, held_out: bool) -> Ring:
+    """Books and other texts, one after another, white space made single spaces.
+
+    paths: files, or folders of them, see `prose_files`. ValueError for what cannot be read.
+    """
+    sentences: list[str] = []
+    files = prose_files(paths, held_out)
+    for document in read_documents(files, strip_gutenberg=True, encoding="auto"):
+        sentences += split_sentences(document.text)
+    return Ring.of(sentences, tokenizer)
+
+
+def prose_files(paths: Sequence[str | Path], held_out: bool) -> list[Path]:
+    """The split rule of books: `HELD_OUT_BOOKS` are for tests, all others for training.
+
+    A folder without any of those books is taken whole, and so is a file that is named itself:
+    who brings texts of his own also says which are for what.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if is_text(p) and p.is_file())
+        tests = [p for p in inside if p.name.startswith(HELD_OUT_BOOKS)]
+        if tests:
+            inside = tests if held_out else [p for p in inside if p not in tests]
+        if not inside:
+            raise ValueError(f"{path}: no text files in it to read")
+        files += inside
+    return files
+
+
+def is_text(path: Path) -> bool:
+    """By its name, also of a compressed file."""
+    return Path(path.name.removesuffix(".gz").removesuffix(".bz2")).suffix in TEXT_SUFFIXES
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences, each with one space after it; joined they are the text in single spaces."""
+    text = " ".join(text.split())
+    if not text:
+        return []
+    text += " "
+    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    return [text[a:b] for a, b in pairwise(cuts)]
+
+
+def weave(sentences: Iterable[Unit], hidden: Sequence[tuple[float, Unit]]) -> Iterator[Piece]:
+    """Sentences, and in their gaps what is hidden: (offset, unit), rising.
+
+    A unit goes before the first sentence that begins at its offset or later (in tokens of the
+    sentences alone), else to the end.
+    """
+    waiting = deque(hidden)
+    offset = 0
+    for sentence in sentences:
+        while waiting and waiting[0][0] <= offset:
+            yield from waiting.popleft()[1]
+        yield from sentence
+        offset += size(sentence)
+    for _, unit in waiting:
+        yield from unit
+
+
+def blocks(pieces: Iterable[Piece], length: int) -> Iterator[np.ndarray]:
+    """The tokens of the pieces, cut anew into arrays of `length`; the last may be shorter."""
+    held: list[np.ndarray] = []
+    have = 0
+    for piece in pieces:
+        held.append(piece.tokens)
+        have += len(piece.tokens)
+        if have < length:
+            continue
+        whole = np.concatenate(held)
+        full = have // length * length
+        yield from (whole[i : i + length] for i in range(0, full, length))
+        held, have = [whole[full:]], have - full
+    if have:
+        yield np.concatenate(held)
+
+
+def row_of(pieces: Iterable[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and what each of them is: a training row."""
+    whole = list(pieces)
+    tokens = np.concatenate([piece.tokens.astype(np.int64) for piece in whole])
+    kinds = np.concatenate([np.full(len(piece.tokens), piece.kind) for piece in whole])
+    return tokens, kinds
+
+
+def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]], text_weight: float) -> Batch:
+    """Rows of T + 1 tokens and their kinds -> T predictions a row.
+
+    Weights as in `FactBatches`: the answers' tokens share 1, all text shares `text_weight`, and
+    what no one can know counts nothing.
+    """
+    tokens = torch.from_numpy(np.stack([row[0] for row in rows]))
+    kinds = torch.from_numpy(np.stack([row[1] for row in rows]))[:, 1:]
+    answers, text = kinds == ANSWER, kinds == TEXT
+    weights = answers / answers.sum().clamp(min=1)
+    weights = weights + text_weight * text / text.sum().clamp(min=1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), answers)

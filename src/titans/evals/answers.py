@@ -1,0 +1,66 @@
+"""Questions at the end of long texts: read in constant memory, answered greedily, counted."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from titans.data.haystack import Sample, blocks
+from titans.generate import PIECE, stream
+from titans.models.lm import TitansLM
+
+
+@torch.no_grad()
+def answer(
+    model: TitansLM, samples: Sequence[Sample], count: int, write: bool = True
+) -> np.ndarray:
+    """The `count` most likely tokens after each prompt, one after the other: (samples, count).
+
+    Prompts of one length are read side by side, so that their number bounds the memory, and not
+    their length. write=False: memories are only read.
+    """
+    given = np.empty((len(samples), count), dtype=np.int64)
+    for length in sorted({sample.length for sample in samples}):
+        rows = [i for i, sample in enumerate(samples) if sample.length == length]
+        text = side_by_side([samples[i] for i in rows])
+        (reading,) = deque(stream(model, text, write=write), maxlen=1)
+        state, token = reading.state, reading.logits.argmax(-1)
+        for place in range(count):
+            given[rows, place] = token.cpu().numpy()
+            if place < count - 1:
+                logits, state = model(token[:, None], state, write)
+                token = logits[:, -1].argmax(-1)
+    return given
+
+
+def side_by_side(samples: Sequence[Sample]) -> Iterator[np.ndarray]:
+    """Prompts of one length -> (samples, piece) blocks of tokens."""
+    for rows in zip(*(blocks(sample.pieces(), PIECE) for sample in samples), strict=True):
+        yield np.stack(rows)
+
+
+def exact(given: np.ndarray, sample: Sample) -> bool:
+    """Does what was answered begin with the right answer, token by token?"""
+    wanted = sample.answer
+    return len(given) >= len(wanted) and bool((given[: len(wanted)] == wanted).all())
+
+
+def wilson(right: float, asked: int) -> tuple[float, float]:
+    """95 % confidence interval of a probability of which `right` of `asked` trials came out
+    (Wilson, 1927). With partial scores `right` is their sum; the interval then is too wide."""
+    z = 1.959964
+    share = right / asked
+    centre = share + z**2 / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    scale = 1 + z**2 / asked
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+
+
+def readable(count: int) -> str:
+    """1024 -> 1K, 1048576 -> 1M."""
+    for unit, scale in (("M", 2**20), ("K", 2**10)):
+        if count >= scale and count % (scale // 4) == 0:
+            return f"{count / scale:g}{unit}"
+    return f"{count:,}"

@@ -1,0 +1,246 @@
+"""How many pairs can a state hold? Multi-query associative recall against pairs and state size.
+
+A model reads pairs (key, value) among some noise and is then asked for the value of every key.
+It is trained and tested on this alone, from scratch, at several sizes of its state: what it
+cannot recall it had no room for (or did not learn to bind). Arora et al., Zoology.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from titans.baselines import BASELINES
+from titans.config import MemoryConfig, TitansConfig, Variant
+from titans.data.pairs import IGNORED, PairBatch, PairTask
+from titans.models.lm import TitansLM
+
+TEST_SEED = 2**40
+"""Tests are drawn with it, whatever the seed of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """One model and one state size, asked for several numbers of pairs."""
+
+    model: Variant = "lmm"
+    """Titans or baseline; two layers without a feed-forward, as in Zoology one with little else."""
+    head_dim: int = 32
+    """Key and value size of its memory's one head (attention has two heads of half the width)."""
+    depth: int = 1
+    """Of the memory network of the four Titans; 2 has a residual and a norm, and chunks of 16."""
+    momentum: bool = False
+    """Of the four Titans."""
+    pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """Asked for after training."""
+    most_trained: int = 64
+    """Training draws powers of two of pairs up to so many."""
+    keys: int = 256
+    """Different keys, and as many values."""
+    dim: int = 64
+    layers: int = 2
+    steps: int = 1500
+    """Of training."""
+    tokens: int = 4096
+    """Of a training step."""
+    learning_rate: float = 3e-3
+    write_cost: float = 0.0
+    """Weight of the memories' mean learning rate in the loss."""
+    rows: int = 64
+    """Rows of a test; each asks for all its pairs."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.pairs or min(self.pairs) < 1 or max(self.pairs) > self.keys:
+            raise ValueError(f"pairs must lie in 1..{self.keys}, got {list(self.pairs)}")
+        if not 1 <= self.most_trained <= self.keys:
+            raise ValueError(f"most_trained must lie in 1..{self.keys}, got {self.most_trained}")
+        if self.steps < 1 or self.tokens < row_length(self.most_trained):
+            raise ValueError(
+                f"expected steps >= 1 and tokens >= {row_length(self.most_trained)}, "
+                f"got {self.steps} and {self.tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsCell:
+    """accuracy: of the answers; guess: of one who knows a row's values but not their keys."""
+
+    pairs: int
+    asked: int
+    accuracy: float
+    guess: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallResult:
+    """state: numbers (not bytes) that the model carries after a row of the most pairs."""
+
+    model: Variant
+    head_dim: int
+    state: int
+    parameters: int
+    train_accuracy: float
+    seconds: float
+    cells: tuple[PairsCell, ...]
+
+
+def recall(config: RecallConfig) -> RecallResult:
+    """Train a model on the task, then ask it."""
+    begin = time.perf_counter()
+    model = train(config)
+    cells = tuple(ask(model, config, pairs) for pairs in config.pairs)
+    longest = PairTask(
+        rows=1,
+        length=row_length(max(config.pairs)),
+        pairs=max(config.pairs),
+        seed=0,
+        keys=config.keys,
+    )
+    with torch.no_grad():
+        _, state = model(longest.batch(0).tokens)
+    trained = [c.accuracy for c in cells if c.pairs <= config.most_trained]
+    return RecallResult(
+        model=config.model,
+        head_dim=config.head_dim,
+        state=sum(t.numel() for t in state.tensors().values()),
+        parameters=model.parameter_count,
+        train_accuracy=sum(trained) / max(len(trained), 1),
+        seconds=time.perf_counter() - begin,
+        cells=cells,
+    )
+
+
+def row_length(pairs: int) -> int:
+    """Statements, questions, and half as many tokens of noise as of statements."""
+    return 5 * pairs + 2
+
+
+def build_model(config: RecallConfig) -> TitansLM:
+    """Two layers of the mixer alone."""
+    memory = MemoryConfig(heads=1, head_dim=config.head_dim)
+    if config.model not in BASELINES:
+        deep = config.depth > 1
+        memory = replace(
+            memory,
+            depth=config.depth,
+            momentum=config.momentum,
+            residual=deep,
+            norm=deep,
+            chunk_size=16 if deep else 1,
+        )
+    vocabulary = PairTask(rows=1, length=6, pairs=1, seed=0, keys=config.keys).vocabulary
+    torch.manual_seed(config.seed)
+    return TitansLM(
+        TitansConfig(
+            variant=config.model,
+            vocab_size=vocabulary,
+            dim=config.dim,
+            layers=config.layers,
+            heads=2,
+            ffn_hidden=0,
+            window=32,
+            segment=32,
+            persistent=0,
+            memory=memory,
+        )
+    )
+
+
+def train(config: RecallConfig) -> TitansLM:
+    """The model after its training: at each step rows of 1, 2, 4, ... or `most_trained` pairs."""
+    model = build_model(config)
+
+    def batch(step: int) -> PairBatch:
+        most = int(math.log2(config.most_trained))
+        pairs = 2 ** int(np.random.default_rng((config.seed, step)).integers(most + 1))
+        length = row_length(pairs)
+        return PairTask(
+            rows=config.tokens // length,
+            length=length,
+            pairs=pairs,
+            seed=config.seed,
+            keys=config.keys,
+        ).batch(step)
+
+    fit_pairs(model, batch, config.steps, config.learning_rate, config.write_cost)
+    return model
+
+
+def fit_pairs(
+    model: TitansLM,
+    batch: Callable[[int], PairBatch],
+    steps: int,
+    learning_rate: float,
+    write_cost: float,
+    watch: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """AdamW on the answers alone, the rate warmed up over 100 steps and then along a cosine.
+
+    write_cost: weight in the loss of the memories' mean learning rate. watch: gets the step, the
+    share of right answers and that mean, every 50 steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    for step in range(steps):
+        warm, cosine = min(1.0, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * warm * cosine
+        tokens, labels = batch(step)
+        logits, _, records = model.run(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        rates = [r.learning_rate.mean() for r in records if r is not None]
+        opened = torch.stack(rates).mean() if rates else loss.new_zeros(())
+        optimizer.zero_grad()
+        (loss + write_cost * opened).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if watch is not None and step % 50 == 49:
+            right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
+            watch(step + 1, right.item(), opened.item())
+
+
+@torch.no_grad()
+def ask(model: TitansLM, config: RecallConfig, pairs: int) -> PairsCell:
+    """Rows of so many pairs, each asked for all of them."""
+    task = PairTask(
+        rows=config.rows,
+        length=row_length(pairs),
+        pairs=pairs,
+        seed=TEST_SEED,
+        keys=config.keys,
+    )
+    tokens, labels = task.batch(0)
+    right = (model(tokens)[0].argmax(-1) == labels)[labels != IGNORED]
+    return PairsCell(
+        pairs=pairs, asked=len(right), accuracy=right.float().mean().item(), guess=1 / pairs
+    )
+
+
+def plot(result: RecallResult, path: Path) -> None:
+    """Accuracy against pairs."""
+    plot_lines({f"{result.model}, {result.state:,} numbers": result}, path)
+
+
+def plot_lines(results: dict[str, RecallResult], path: Path) -> None:
+    """The same for several models."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, result in results.items():
+        x, y = [c.pairs for c in result.cells], [c.accuracy for c in result.cells]
+        axis.plot(x, y, marker="o", label=name)
+    cells = next(iter(results.values())).cells
+    guess = [c.guess for c in cells]
+    axis.plot([c.pairs for c in cells], guess, ":", color="#888", label="the set alone")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("pairs in the row")
+    axis.set_ylabel("pairs recalled")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)

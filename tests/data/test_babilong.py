@@ -1,0 +1,181 @@
+"""bAbI's facts in books: what is read of its files, what a sample holds, what rows teach."""
+
+import gzip
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from titans.data import babilong
+from titans.data.babilong import BabiBatches, BabiTask, babi_file, read_questions
+from titans.data.haystack import prose
+from titans.data.tokenizers import ByteTokenizer
+
+BYTES = ByteTokenizer()
+TEST = """1 Mary moved to the bathroom.
+2 John went to the hallway.
+3 Where is Mary? \tbathroom\t1
+4 Mary got the milk there.
+5 What is Mary carrying? \tmilk,apple\t4
+1 Daniel went to the office.
+2 Where is Daniel?\toffice\t1
+"""
+TRAIN = """1 Daniel went to the office.
+2 Where is Daniel?\toffice\t1
+3 Daniel went to the garden.
+4 Where is Daniel?\tgarden\t3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("babi")
+    (folder / "qa1_a-task_test.txt").write_text(TEST)
+    with gzip.open(folder / "10k_qa1_a-task_train.txt.gz", "wt") as stream:
+        stream.write(TRAIN)
+    (folder / "qa1_a-task_train.txt").write_text(TEST)
+    (folder / "qa10_another_test.txt").write_text(TEST.replace("Mary", "Fred"))
+    (folder / "book.md").write_text("".join(f"It rained on day {i} of it. " for i in range(999)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(folder):
+    text = prose([folder / "book.md"], BYTES, True)
+    return BabiTask(babilong.test_questions(folder, 1), text, BYTES)
+
+
+def read(pieces):
+    return BYTES.decode(np.concatenate([piece.tokens for piece in pieces]))
+
+
+def draw(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_every_question_comes_with_the_story_before_it(folder):
+    first, second, third = babilong.test_questions(folder, 1)
+    facts = ("Mary moved to the bathroom.", "John went to the hallway.")
+    assert first.facts == facts
+    assert (first.text, first.answer) == ("Where is Mary?", "bathroom")
+    assert second.facts == (*facts, "Mary got the milk there.")
+    assert second.answer == "milk,apple"
+    assert [line.answer for line in second.before] == [None, None, "bathroom", None]
+    assert third.facts == ("Daniel went to the office.",)
+
+
+def test_training_leaves_out_what_tests_ask(folder):
+    (question,) = babilong.training_questions(folder, 1)
+    assert question.answer == "garden"  # of the file of 10,000; its first question is a test's
+
+
+def test_task_1_is_not_task_10(folder):
+    assert babi_file(folder, 1, "test").name == "qa1_a-task_test.txt"
+    assert babi_file(folder, 10, "test").name == "qa10_another_test.txt"
+    with pytest.raises(ValueError, match=r"no file qa2_\*_test.txt of bAbI in it"):
+        babi_file(folder, 2, "test")
+
+
+def test_mistakes_in_a_file_are_named(tmp_path):
+    path = tmp_path / "qa1_x_test.txt"
+    path.write_text("1 Mary moved.\nWhere is Mary?\n")
+    with pytest.raises(ValueError, match=r"qa1_x_test.txt:2: expected `id text`"):
+        read_questions(path)
+    path.write_text("1 Mary moved.\n")
+    with pytest.raises(ValueError, match="no question in it"):
+        read_questions(path)
+
+
+def test_facts_stand_in_order_between_sentences(task):
+    spread = set()
+    for seed in range(20):
+        for question in task.questions:
+            sample = task.sample(question, 2000, draw(seed))
+            text = read(sample.pieces())
+            assert len(text) == sample.length == 2000
+            head, tail = "<context>\n", f"\n</context>\n\nQuestion: {question.text}\nAnswer:"
+            assert text.startswith(head)
+            assert text.endswith(tail)
+            context = text[len(head) : -len(tail)]
+            rained = re.compile(r"It rained on day \d+ of it\. ")
+            assert context.index(question.facts[0]) == 0 or rained.search(context)
+            # Whole sentences after the first, and the facts alone are left of them.
+            left = re.sub(r"^[^A-Z]+", "", rained.sub("", context))
+            assert left.strip() == " ".join(question.facts)
+            spread.add(context.index(question.facts[0]) // 400)
+    assert spread == {0, 1, 2, 3, 4}
+
+
+def test_length_0_has_facts_alone(task):
+    question = task.questions[0]
+    sample = task.sample(question, 0, draw())
+    facts = "Mary moved to the bathroom. John went to the hallway. "
+    text = f"<context>\n{facts}\n</context>\n\nQuestion: Where is Mary?\nAnswer:"
+    assert read(sample.pieces()) == text
+    assert sample.length == len(text)
+    assert BYTES.decode(sample.answer) == " bathroom."
+    assert sample.expected == ("bathroom",)
+    shorter = task.sample(question, len(text) - 5, draw())
+    assert read(shorter.pieces()) == text
+
+
+def test_a_dense_row_asks_every_question_at_its_place(task):
+    row = task.dense_row(task.questions[1], 700, draw())
+    text = read(row)
+    assert len(text) == 700
+    answers = [BYTES.decode(piece.tokens) for piece in row if piece.kind == 2]
+    assert answers == [" bathroom.", " milk,apple."]
+    order = [
+        text.index(part)
+        for part in (
+            "<context>",
+            "John went",
+            "\n</context>\n\nQuestion: Where is Mary?\nAnswer: bathroom.\n\n<context>\n",
+            "Mary got the milk",
+            "\n</context>\n\nQuestion: What is Mary carrying?\nAnswer: milk,apple.",
+        )
+    ]
+    assert order == sorted(order)
+
+
+def batches(task, lengths=(300,), dense=0.5, seed=0):
+    return BabiBatches(
+        [task], lengths=lengths, tokens_per_batch=1200, dense=dense, text_weight=0.5, seed=seed
+    )
+
+
+def test_rows_of_the_tests_form_end_with_their_answer(task):
+    batch = batches(task, dense=0.0).batch(0)
+    assert batch.tokens.shape == (4, 300)
+    for labels, answers in zip(batch.labels, batch.answers, strict=True):
+        text = BYTES.decode(labels.tolist())
+        given = BYTES.decode(labels[answers].tolist())
+        assert text.endswith("Answer:" + given)
+        assert text.count("Answer:") == 1
+    assert batch.weights[batch.answers].sum().item() == pytest.approx(1.0, rel=1e-5)
+    assert batch.weights[~batch.answers].sum().item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_batches_are_a_function_of_seed_and_step(task):
+    one, same, other = (batches(task, seed=s) for s in (1, 1, 2))
+    for step in range(3):
+        assert torch.equal(one.batch(step).tokens, same.batch(step).tokens)
+        assert not torch.equal(one.batch(step).tokens, other.batch(step).tokens)
+    with pytest.raises(ValueError, match="a row of 91 tokens is too short for a story"):
+        batches(task, (90,))
+
+
+def test_the_real_files():
+    root = Path(os.environ.get("TITANS_DATA_DIR", Path(__file__).parents[2] / "../shared/data"))
+    if not (root / "babi").is_dir():
+        pytest.skip("needs the folder babi of TITANS_DATA_DIR")
+    tests = babilong.test_questions(root / "babi", 4)
+    train = babilong.training_questions(root / "babi", 4)
+    assert len(tests) == 1000
+    assert 8000 < len(train) < 10_000  # the file repeats many of the tests' questions
+    assert not {q.identity for q in tests} & {q.identity for q in train}
+    lists = {q.answer for q in babilong.test_questions(root / "babi", 8)}
+    assert "milk,football" in lists

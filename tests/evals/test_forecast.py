@@ -1,0 +1,249 @@
+"""Forecasting end to end: it learns a season, scores every window, and stops by validation."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import titans.evals.forecast as module
+from titans.evals.forecast import (
+    Errors,
+    ForecastSettings,
+    build,
+    evaluate,
+    example,
+    fit,
+    forecast,
+    loss_of,
+    plot,
+)
+from titans.evals.report import markdown_table, write_json
+
+SMALL = {
+    "lookback": 48,
+    "horizon": 12,
+    "patch": 12,
+    "dim": 16,
+    "dropout": 0.1,
+    "learning_rate": 3e-3,
+    "batch_size": 32,
+    "steps": 40,
+    "epochs": 3,
+    "validation_windows": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def seasonal(tmp_path_factory) -> str:
+    """Two channels of period 24 in noise, whose level jumps and whose amplitude drifts."""
+    generator = np.random.default_rng(0)
+    hours = np.arange(1500)
+    level = np.cumsum(generator.normal(0, 0.05, (1500, 2)), 0)
+    wave = np.stack([np.sin(2 * np.pi * hours / 24), (hours % 24 < 8) * 2.0], 1)
+    values = 5 + level + wave + generator.normal(0, 0.1, (1500, 2))
+    path = tmp_path_factory.mktemp("series") / "seasonal.csv"
+    lines = ["date,a,b", *(f"{h},{x:.5f},{y:.5f}" for h, (x, y) in enumerate(values))]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+class Last(nn.Module):
+    """The last value, for all steps."""
+
+    def forward(self, x):
+        return x[:, -1:].expand(len(x), 12)
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1, keepdim=True).expand(len(x), 12)
+
+
+@pytest.mark.parametrize("model", ["lmm", "attention", "dlinear"])
+def test_it_learns_a_season(seasonal: str, model) -> None:
+    fitted = fit(ForecastSettings(data=seasonal, model=model, **SMALL))
+    test = fitted.data.windows("test")
+    naive = min(evaluate(Last(), test).mse, evaluate(Mean(), test).mse)
+    assert fitted.result.mse < 0.4 * naive
+    assert fitted.result.windows == 300 - 12 + 1
+    assert evaluate(fitted.model, test).mse == pytest.approx(fitted.result.mse, rel=1e-6)
+
+
+def test_the_memory_itself_learns_it(seasonal: str, monkeypatch) -> None:
+    """With the linear path taken away, what is left is the memory and its head."""
+
+    def without_linear(settings):
+        model = build(settings)
+        model.linear.weight.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(module, "build", without_linear)
+    fitted = fit(ForecastSettings(data=seasonal, **SMALL))
+    assert (fitted.model.linear.weight == 0).all()
+    test = fitted.data.windows("test")
+    naive = min(evaluate(Last(), test).mse, evaluate(Mean(), test).mse)
+    assert fitted.result.mse < 0.5 * naive
+
+
+def test_errors_are_over_every_window_whatever_the_batch(seasonal: str) -> None:
+    settings = ForecastSettings(
+        data=seasonal, model="dlinear", **{**SMALL, "epochs": 1, "steps": 2}
+    )
+    fitted = fit(settings)
+    test = fitted.data.windows("test")
+    values = fitted.data.values
+    square = absolute = 0.0
+    fitted.model.eval()
+    with torch.no_grad():
+        for begin in range(1200, 1500 - 12 + 1):
+            guess = fitted.model(values[:, begin - 48 : begin])
+            error = (guess - values[:, begin : begin + 12]).double()
+            square += error.square().mean().item()
+            absolute += error.abs().mean().item()
+    wanted = (square / 289, absolute / 289)
+    for size in (1024, 37):
+        assert evaluate(fitted.model, test, batch_size=size) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_seed_fixes_a_run(seasonal: str) -> None:
+    settings = ForecastSettings(data=seasonal, **{**SMALL, "epochs": 1, "steps": 3})
+    first, again = forecast(settings), forecast(settings)
+    assert (first.mse, first.mae) == (again.mse, again.mae)
+    assert forecast(dataclasses.replace(settings, seed=1)).mse != first.mse
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_training(seasonal: str, monkeypatch) -> None:
+    seen, weights = iter([5.0, 3.0, 4.0, 3.5, 1.0]), []
+
+    def scripted(model, windows, every=1, batch_size=1024):
+        weights.append(model.trend.weight.clone())
+        return Errors(next(seen), 9.0)
+
+    monkeypatch.setattr(module, "evaluate", scripted)
+    settings = ForecastSettings(
+        data=seasonal, model="dlinear", **{**SMALL, "steps": 2, "epochs": 9, "patience": 2}
+    )
+    data = module.load_forecast_data(seasonal, lookback=48, horizon=12)
+    model = build(settings)
+    history, best = module.train(model, data, settings)
+    assert ([e.mse for e in history], best) == ([5.0, 3.0, 4.0, 3.5], 1)
+    assert torch.equal(model.trend.weight, weights[1])
+    assert not torch.equal(model.trend.weight, weights[3])
+
+
+def test_training_never_sees_the_test_part(seasonal: str, tmp_path: Path) -> None:
+    rows = Path(seasonal).read_text().splitlines()
+    changed = rows[:1201] + [f"{i},0,0" for i in range(300)]
+    other = tmp_path / "seasonal.csv"
+    other.write_text("\n".join(changed) + "\n")
+    short = {**SMALL, "epochs": 2, "steps": 3}
+    first = fit(ForecastSettings(data=seasonal, model="dlinear", **short))
+    second = fit(ForecastSettings(data=str(other), model="dlinear", **short))
+    assert torch.equal(first.model.trend.weight, second.model.trend.weight)
+    assert first.result.valid_mse == second.result.valid_mse
+    assert first.result.mse != second.result.mse
+
+
+def test_losses() -> None:
+    guess, truth = torch.tensor([0.0, 0.5, 3.0]), torch.zeros(3)
+    assert loss_of("mse", guess, truth).item() == pytest.approx((0.25 + 9) / 3)
+    assert loss_of("mae", guess, truth).item() == pytest.approx(3.5 / 3)
+    assert loss_of("huber", guess, truth).item() == pytest.approx((0.125 + 2.5) / 3)
+
+
+def test_an_example_is_the_window_it_names(seasonal: str, tmp_path: Path) -> None:
+    fitted = fit(ForecastSettings(data=seasonal, **{**SMALL, "epochs": 1, "steps": 2}))
+    shown = example(fitted, window=7, channels=["b"])
+    recorded = np.loadtxt(seasonal, delimiter=",", skiprows=1)[:, 2]
+    assert shown.past["b"] == pytest.approx(recorded[1159:1207], abs=1e-4)
+    assert shown.truth["b"] == pytest.approx(recorded[1207:1219], abs=1e-4)
+    with torch.no_grad():
+        guess = fitted.model(fitted.data.values[1:2, 1159:1207])[0].numpy()
+    wanted = guess * fitted.data.std[1] + fitted.data.mean[1]
+    assert shown.forecasts["lmm"]["b"] == pytest.approx(wanted, abs=1e-5)
+    plot([shown], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no channel 'c'; known: a, b"):
+        example(fitted, window=0, channels=["c"])
+    with pytest.raises(ValueError, match=r"window must lie in 0\.\.288, got 289"):
+        example(fitted, window=289, channels=["a"])
+
+
+def test_bad_settings(without_shape_checks) -> None:
+    for changes, message in [
+        ({"model": "lstm"}, "model must be one of lmm, attention, dlinear, got 'lstm'"),
+        ({"loss": "l3"}, "loss must be one of mse, mae, huber, got 'l3'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ForecastSettings(data="x.csv", **changes)
+
+
+def test_diverging_training_is_one_line(seasonal: str) -> None:
+    settings = ForecastSettings(
+        data=seasonal, model="dlinear", **{**SMALL, "learning_rate": 1e30, "loss": "mse"}
+    )
+    with pytest.raises(ValueError, match="lower learning_rate"):
+        forecast(settings)
+
+
+def test_report_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, [1, 2])
+    with pytest.raises(TypeError):
+        write_json(path, [object()])
+    assert json.loads(path.read_text()) == [1, 2]  # the old file is whole
+    assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+def test_the_suite_resumes_and_writes_its_page(seasonal: str, tmp_path: Path, monkeypatch) -> None:
+    path = Path(__file__).parents[2] / "results" / "forecast" / "run.py"
+    spec = importlib.util.spec_from_file_location("forecast_suite", path)
+    suite = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(suite)
+    small = {k: v for k, v in SMALL.items() if k not in ("horizon", "lookback")}
+    small |= {"epochs": 1, "steps": 1}
+    for name, value in {
+        "HERE": tmp_path,
+        "HORIZONS": (6, 12),
+        "SHOWN_HORIZON": 12,
+        "SHOWN_WINDOW": 3,
+        "SHOWN": {"seasonal": ["a", "b"]},
+        "SERIES": {"seasonal": {"lookback": 48}},
+        "SHARED": small,
+        "PAPER": {"LMM": {"seasonal": (0.4, 0.5)}},
+    }.items():
+        monkeypatch.setattr(suite, name, value)
+    (tmp_path / "timeseries").mkdir()
+    (tmp_path / "timeseries" / "seasonal.csv").write_text(Path(seasonal).read_text())
+    monkeypatch.setenv("TITANS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "1", "--horizon", "12"])
+    suite.main()
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert {(r["horizon"], r["model"]) for r in first} == {
+        (12, "lmm"),
+        (12, "attention"),
+        (12, "dlinear"),
+    }
+    assert "incomplete" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "2"])
+    calls = []
+    monkeypatch.setattr(suite, "fit", lambda settings: calls.append(settings) or fit(settings))
+    suite.main()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert len(calls) == 9  # three of twelve were there
+    assert all(row in rows for row in first)
+    page = (tmp_path / "README.md").read_text()
+    lmm = [r for r in rows if r["model"] == "lmm"]
+    mean = sum(r["mse"] for r in lmm) / 4
+    assert f"| **LMM** (this run) | {mean:.3f} / " in page
+    assert "| LMM (the paper's row) | 0.400 / 0.500 |" in page
+    (shown,) = json.loads((tmp_path / "examples.json").read_text())
+    assert set(shown["forecasts"]) == {"lmm", "attention", "dlinear"}
+    assert (tmp_path / "forecasts.png").exists()
