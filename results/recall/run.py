@@ -1,138 +1,163 @@
 """Gates that close against the paper's sigmoids: recall of bound pairs, far beyond training.
 
-    python results/recall/run.py [--runs FOLDER] [--lengths 1024 16384 ...]
+    python results/recall/run.py [--runs FOLDER] [--workers 2] [--lengths 1024 ...] [--table-only]
 
-A two-layer LMM reads key-value pairs in random noise (`titans.data.pairs`), is trained on rows of
-at most 1,024 tokens, and is asked after ever longer ones. Writes results.json, README.md and
-recall.png beside this file. Weights are kept in --runs; a finished training is not repeated.
+Every model has two layers of width 128 and reads key-value pairs in random noise
+(`titans.data.pairs`); it is trained on rows of at most 1,024 tokens, and asked after ever longer
+ones. Writes results.json, README.md and recall.png beside this file. Weights are kept in --runs;
+a finished training or measurement is not repeated.
 """
 
 import argparse
 import dataclasses
-import json
-import math
-import os
-import platform
 import time
-from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import titans
 from titans import MemoryConfig, TitansConfig, TitansLM
-from titans.data.pairs import IGNORED, VOCABULARY, PairTask
+from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
+from titans.evals.jobs import find, read_rows, run_jobs
+from titans.evals.recall import fit_pairs
+from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
 STEPS, SHORT_STEPS, TOKENS = 1000, 600, 4096
 LEARNING_RATE, WRITE_COST = 2e-3, 0.02
-OWN = MemoryConfig(heads=2)
-GATES = {
-    "closing": OWN,
-    "sigmoid": dataclasses.replace(OWN, gates="sigmoid", tie_forgetting=False),
-}
 PAIRS = 4
+LENGTHS = (64, 1024, 16384, 262144, 1048576, 10485760)
+LONG = 2**18  # beyond, a model that has already forgotten all is not asked again
+
+CLOSING = MemoryConfig(heads=2)
+SIGMOID = dataclasses.replace(CLOSING, gates="sigmoid", tie_forgetting=False)
+BASE = TitansConfig(
+    vocab_size=VOCABULARY,
+    dim=128,
+    layers=2,
+    heads=2,
+    ffn_hidden=176,
+    window=64,
+    segment=64,
+    persistent=0,
+)
 
 
-def build(gates: str) -> TitansLM:
-    torch.manual_seed(0)
-    config = TitansConfig(
-        variant="lmm",
-        vocab_size=VOCABULARY,
-        dim=128,
-        layers=2,
-        ffn_hidden=176,
-        persistent=0,
-        memory=GATES[gates],
+def models() -> dict[str, TitansConfig]:
+    """Gated DeltaNet with gates that close is LMM with them: the same rule."""
+    found = {
+        f"{variant.upper()}, {gates}": dataclasses.replace(BASE, variant=variant, memory=memory)
+        for variant in ("lmm", "mac", "mag", "mal")
+        for gates, memory in (("closing", CLOSING), ("sigmoid", SIGMOID))
+    }
+    found["Gated DeltaNet"] = dataclasses.replace(
+        BASE, variant="gated-deltanet", memory=MemoryConfig(heads=2)
     )
-    return TitansLM(config)
+    return found
 
 
-def train(gates: str, path: Path) -> None:
-    model = build(gates)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
-    begin = time.perf_counter()
-    for step in range(STEPS):
-        warm, cosine = min(1.0, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * cosine
+def train(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Train one model and save it; how well it recalls what it was trained on."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job["seed"])
+    model = TitansLM(models()[job["model"]])
+    begin, curve = time.perf_counter(), []
+
+    def batch(step: int) -> PairBatch:
         length = 64 if step < SHORT_STEPS else (64, 256, 1024)[step % 3]
         pairs = PAIRS if length == 64 else PAIRS + 4 * (step % 2)
-        tokens, labels = PairTask(
-            rows=TOKENS // length, length=length, pairs=pairs, seed=step
-        ).batch(0)
-        logits, _, records = model.run(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        opened = torch.stack([r.learning_rate.mean() for r in records if r is not None]).mean()
-        optimizer.zero_grad()
-        (loss + WRITE_COST * opened).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == STEPS - 1:
-            asked = labels != IGNORED
-            right = (logits.argmax(-1) == labels)[asked].float().mean()
-            spent = time.perf_counter() - begin
-            print(
-                f"{gates} {step}: loss {loss.item():.3f}, recall {right.item():.2f}, "
-                f"gates {opened.item():.4f}, {spent:.0f} s",
-                flush=True,
-            )
-    model.save(path)
+        seed = STEPS * job["seed"] + step
+        return PairTask(rows=TOKENS // length, length=length, pairs=pairs, seed=seed).batch(0)
+
+    fit_pairs(
+        model, batch, STEPS, LEARNING_RATE, WRITE_COST, lambda *point: curve.append(list(point))
+    )
+    model.save(runs / f"{job['model']}-{job['seed']}.safetensors")
+    return {
+        "parameters": model.parameter_count,
+        "curve": curve,
+        "minutes": (time.perf_counter() - begin) / 60,
+    }
 
 
 @torch.inference_mode()
-def recall(model: TitansLM, length: int) -> dict:
+def measure(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     """Recall of pairs whose row has `length` tokens, over rows of about a million tokens in all."""
-    rows = max(2, min(16, 2**20 // length))
+    torch.set_num_threads(1)
+    weights = runs / f"{job['model']}-{job['seed']}.safetensors"
+    if not weights.exists():  # its row came from another machine
+        train(job, runs)
+    model = titans.load(weights)
+    rows = max(2, min(16, 2**20 // job["length"]))
+    task = PairTask(rows=rows, length=job["length"], pairs=PAIRS, seed=10**6)
     state, right, count, begin = None, 0, 0, time.perf_counter()
-    for tokens, labels in PairTask(rows=rows, length=length, pairs=PAIRS, seed=10**6).stream(
-        0, 1024
-    ):
+    for tokens, labels in task.stream(0, 1024):
         logits, state = model(tokens, state)
         asked = labels != IGNORED
         right += int((logits.argmax(-1) == labels)[asked].sum())
         count += int(asked.sum())
-    speed = rows * length / (time.perf_counter() - begin)
-    return {"length": length, "recall": right / count, "asked": count, "tokens_per_s": speed}
+    speed = rows * job["length"] / (time.perf_counter() - begin)
+    return {"recall": right / count, "asked": count, "tokens_per_s": speed}
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    name = next(names, platform.machine())
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+def lost(rows: list[dict[str, Any]], job: dict[str, Any]) -> bool:
+    """Was no more than the set of values left at a shorter length? Then this one is not asked."""
+    shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n < job["length"]]
+    return job["length"] > LONG and any(
+        r is not None and r["recall"] <= 1.2 / PAIRS for r in shorter
+    )
 
 
-def write_table(results: dict) -> None:
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    lengths = [r["length"] for r in results["recall"]["closing"]]
+def write_page(rows: list[dict[str, Any]]) -> None:
+    trained = {r["model"]: r for r in rows if r["stage"] == "train"}
+    asked = [r for r in rows if r["stage"] == "recall"]
+    lengths = sorted({r["length"] for r in asked})
+    table = []
+    for name in models():
+        if name in trained:
+            cells = []
+            for n in lengths:
+                found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
+                cells.append(f"{sum(found) / len(found):.2f}" if found else "")
+            opened = f"{100 * trained[name]['curve'][-1][2]:.1f} %"
+            table.append((name, *cells, opened))
+    counts = (find(asked, {"length": n}) for n in lengths)
+    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines = [
         "# Recall against length: gates that close, and the paper's sigmoids",
         "",
-        "A two-layer LMM (exact linear memory, 2 heads of 64) trained for 1,000 steps on pairs in",
-        "noise, rows of at most 1,024 tokens, one seed; by `python results/recall/run.py` on",
-        f"{results['machine']}, {results['date']}. Four pairs a row; knowing which values",
-        "occurred, but not whose they are, gives 0.25.",
+        f"Two layers of width 128, exact linear memories, trained for {STEPS:,} steps on pairs in",
+        "noise, rows of at most 1,024 tokens; by `python results/recall/run.py`. Four pairs a row;",
+        "knowing which values occurred, but not whose they are, gives 0.25. Empty: not asked, as",
+        "nothing was left at a shorter length. Last column: the mean learning rate over its",
+        "maximum at the end of training. Gated DeltaNet's gates are its own; with gates that close",
+        "it is the LMM of the first row.",
         "",
-        "| gates | " + " | ".join(f"{n:,}" for n in lengths) + " |",
-        "|---|" + "---|" * len(lengths),
+        *markdown_table(("model, gates", *(f"{n:,}" for n in lengths), "open"), table),
+        "",
+        f"Questions asked per length: {', '.join(str(r['asked']) for r in counts if r)}.",
+        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+        "",
+        "![recall against length](recall.png)",
     ]
-    for gates, rows in results["recall"].items():
-        by_length = {r["length"]: r for r in rows}
-        cells = [f"{by_length[n]['recall']:.2f}" if n in by_length else "" for n in lengths]
-        lines.append(f"| {gates} | " + " | ".join(cells) + " |")
-    asked = ", ".join(f"{r['asked']}" for r in results["recall"]["closing"])
-    lines += ["", f"Questions asked per length: {asked}."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n")
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(asked, list(trained))
 
+
+def plot(asked: list[dict[str, Any]], names: list[str]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
-    for gates, rows in results["recall"].items():
-        x, y = [r["length"] for r in rows], [r["recall"] for r in rows]
-        axis.plot(x, y, marker="o", label=f"{gates} gates")
+    colours = dict(zip(("LMM", "MAC", "MAG", "MAL", "Gated DeltaNet"), range(5), strict=True))
+    for name in names:
+        line = sorted((r["length"], r["recall"]) for r in asked if r["model"] == name)
+        family, _, gates = name.partition(", ")
+        style = "-" if gates == "closing" else "--"
+        x, y = zip(*line, strict=True) if line else ((), ())
+        axis.plot(x, y, style, marker="o", color=f"C{colours[family]}", label=name)
     axis.axhline(1 / PAIRS, color="#888", linestyle=":", label="the set alone")
     axis.axvspan(64, 1024, color="#ddd", alpha=0.5, label="lengths in training")
     axis.set_xscale("log")
@@ -140,31 +165,31 @@ def write_table(results: dict) -> None:
     axis.set_xlabel("tokens in the row")
     axis.set_ylabel("pairs recalled")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="center left")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(HERE / "recall.png", dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/recall"))
-    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    lengths = options.lengths or [64, 1024, 16384, 262144, 1048576, 10485760]
-    results: dict = {"machine": machine(), "date": date.today().isoformat(), "recall": {}}
-    paths = {gates: options.runs / f"{gates}.safetensors" for gates in GATES}
-    for gates, path in paths.items():
-        if not path.exists():
-            train(gates, path)
-        results["recall"][gates] = []
-    for length in lengths:
-        for gates, path in paths.items():
-            done = results["recall"][gates]
-            if done and done[-1]["recall"] <= 1 / PAIRS and length > 10**6:
-                continue  # it has forgotten all of it already
-            done.append(recall(titans.load(path), length))
-            print(gates, done[-1], flush=True)
-        write_table(results)
+    runs, path = options.runs.resolve(), HERE / "results.json"
+    runs.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(path)
+    if not options.table_only:
+        who = [{"model": name, "seed": seed} for seed in options.seeds for name in models()]
+        training = [{"stage": "train"} | w for w in who]
+        rows = run_jobs(path, training, partial(train, runs=runs), workers=options.workers)
+        for length in sorted(options.lengths):
+            asking = [{"stage": "recall"} | w | {"length": length} for w in who]
+            asking = [job for job in asking if not lost(rows, job)]
+            rows = run_jobs(path, asking, partial(measure, runs=runs), workers=options.workers)
+            write_page(rows)
+    write_page(rows)
 
 
 if __name__ == "__main__":

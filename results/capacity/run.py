@@ -1,0 +1,103 @@
+"""How many pairs a state can hold: Titans and its rivals, at several state sizes.
+
+    python results/capacity/run.py [--workers 2] [--seeds 0 1] [--table-only]
+
+Multi-query associative recall (`titans eval recall`): every model is trained from scratch on rows
+of 1 to 64 pairs and asked for 4 to 128. Finished rows of results.json are not repeated.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.recall import RecallConfig, recall
+from titans.evals.report import markdown_table
+
+HERE = Path(__file__).parent
+SIZES = (16, 32, 64)
+DEEP = {"depth": 2, "momentum": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "LMM, linear memory": {"model": "lmm"},
+    "LMM, two-layer memory, momentum": {"model": "lmm"} | DEEP,
+    "MAC, linear memory": {"model": "mac"},
+    "Gated DeltaNet": {"model": "gated-deltanet"},
+    "DeltaNet": {"model": "deltanet"},
+    "TTT-MLP": {"model": "ttt-mlp"},
+    "RWKV-7": {"model": "rwkv7"},
+    "Mamba2": {"model": "mamba2"},
+    "Linear attention": {"model": "linear-attention"},
+    "Transformer++": {"model": "transformer"},
+    "Sliding attention": {"model": "sliding"},
+}
+NO_STATE_SIZE = ("transformer", "sliding")
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    config = RecallConfig(
+        **MODELS[job["name"]], head_dim=job["head_dim"], seed=job["seed"], steps=job["steps"]
+    )
+    result = dataclasses.asdict(recall(config))
+    return {key: result[key] for key in ("state", "parameters", "seconds", "cells")}
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    pairs = [cell["pairs"] for cell in rows[0]["cells"]]
+    table = []
+    for name in MODELS:
+        for size in SIZES:
+            seeds = [r for r in rows if (r["name"], r["head_dim"]) == (name, size)]
+            if seeds:
+                means = [
+                    sum(r["cells"][i]["accuracy"] for r in seeds) / len(seeds)
+                    for i in range(len(pairs))
+                ]
+                cells = (f"{mean:.2f}" for mean in means)
+                table.append((name, f"{seeds[0]['state']:,}", *cells))
+    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
+    config = RecallConfig()
+    lines = [
+        "# How many pairs a state can hold",
+        "",
+        f"Models of two layers of width {config.dim} without feed-forward, one memory head of 16,",
+        f"32 or 64, trained from scratch on {rows[0]['steps']:,} steps of {config.tokens:,} tokens",
+        f"(rows of 1 to {config.most_trained} pairs out of {config.keys} keys and as many values),",
+        "by `python results/capacity/run.py`. Accuracy by pairs in the row; every key is asked,",
+        "no answer is revealed. State: numbers a model carries, attention's for the longest row.",
+        "",
+        *markdown_table(("model", "state", *(f"{n} pairs" for n in pairs)), table),
+        "",
+        f"Seeds {', '.join(map(str, sorted({r['seed'] for r in rows})))}; "
+        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+    ]
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    options = parser.parse_args()
+    path = HERE / "results.json"
+    rows = read_rows(path)
+    if not options.table_only:
+        jobs = [
+            {"name": name, "head_dim": size, "seed": seed, "steps": RecallConfig().steps}
+            for seed in options.seeds
+            for size in SIZES
+            for name in MODELS
+            if size == SIZES[0] or MODELS[name]["model"] not in NO_STATE_SIZE
+        ]
+        rows = run_jobs(path, jobs, run, workers=options.workers)
+    write_page(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""DNA: two tasks of the GUE benchmark, and the next base of E. coli at growing context.
+
+    TITANS_DATA_DIR=... python results/dna/run.py [--only mouse_0 ecoli_k12_mg1655/mal ...]
+        [--seeds 0 1] [--workers 1] [--threads 1] [--table-only]
+
+TITANS_DATA_DIR holds `dna/prom_core_notata`, `dna/mouse_0` and `dna/ecoli_k12_mg1655.fna.gz`;
+--task and --genome add folders and FASTA files of your own. A finished row of results.json is
+not repeated, and a stopped training on a genome goes on from its last checkpoint in --runs.
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans.config import MemoryConfig, TitansConfig
+from titans.data.dna import Codes, decode_bases, read_fasta
+from titans.evals.dna import CNN, DNAConfig, load_task, train_and_test
+from titans.evals.genome import (
+    ContextBits,
+    GenomeConfig,
+    MarkovBits,
+    genome,
+    plot_contexts,
+    split_genome,
+)
+from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.perplexity import PositionLoss, plot_positions
+from titans.evals.report import markdown_table
+from titans.models.lm import TitansLM, load
+from titans.presets import count_parameters, matched
+from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from titans.train.loop import train
+from titans.train.metrics import read_metrics
+
+HERE = Path(__file__).parent
+TASKS = ("prom_core_notata", "mouse_0")
+GENOME = "ecoli_k12_mg1655.fna.gz"
+SEEDS = (0, 1)
+NAMES = {
+    "lmm": "Titans LMM",
+    "mac": "Titans MAC",
+    "mag": "Titans MAG",
+    "mal": "Titans MAL",
+    "transformer": "Transformer++",
+    "sliding": "Sliding attention",
+    "gated-deltanet": "Gated DeltaNet",
+    CNN: "CNN",
+    "markov": "Markov chains",
+}
+CLASSIFIERS = ("lmm", "mac", "mag", "mal", "transformer", CNN)
+LANGUAGE_MODELS = ("lmm", "mac", "mag", "mal", "sliding", "gated-deltanet")
+# A sequence of prom_core_notata has 70 bases and is one of 42,452; one of mouse_0 101, of 6,478.
+SETTINGS: dict[str, dict[str, Any]] = {"prom_core_notata": {"epochs": 6}}
+
+# What the language models are matched to.
+BASE = TitansConfig(
+    variant="mag",
+    dim=128,
+    layers=2,
+    heads=2,
+    ffn_hidden=256,
+    window=128,
+    segment=128,
+    memory=MemoryConfig(heads=2, conv_width=8),
+)
+STEPS, BATCH, LENGTH, SEGMENTS = 1000, 8192, 1024, 8
+
+
+def classify(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train and test one classifier."""
+    config = DNAConfig(folder=str(folder), **SETTINGS.get(job["task"], {}))
+    task = load_task(config)
+    score = train_and_test(config, task, job["model"], job["seed"])
+    return dataclasses.asdict(score) | {"split": task.split}
+
+
+def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
+    """Train one model on a genome's training part and read the held-out part with it; or, for
+    `markov`, fit the chains."""
+    settings = held_out(path)
+    began = time.perf_counter()
+    if job["model"] == "markov":
+        result = dataclasses.asdict(genome(None, settings))
+        return result | {"seconds": time.perf_counter() - began}
+    texts = write_texts(settings, runs / job["genome"])
+    config = RunConfig(
+        model=matched(BASE, job["model"], count_parameters(BASE)),
+        data=DataConfig(
+            paths=(str(texts / "train.txt"),),
+            valid_paths=(str(texts / "valid.txt"),),
+            length=LENGTH,
+            segments=SEGMENTS,
+        ),
+        train=TrainConfig(
+            steps=STEPS,
+            tokens_per_batch=BATCH,
+            seed=job["seed"],
+            write_cost=0.0,
+            eval_every=200,
+            eval_batches=2,
+            checkpoint_every=25,
+            keep_checkpoints=1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup=100),
+    )
+    folder = runs / f"{job['genome']}-{job['model']}-{job['seed']}"
+    trained = train(config, folder, progress=False)
+    if not trained.finished:
+        raise KeyboardInterrupt
+    model = load(trained.checkpoint / "model.safetensors")
+    began = time.perf_counter()
+    settings = dataclasses.replace(settings, orders=())
+    result = genome(model, settings)
+    longest = dataclasses.replace(settings, contexts=(max(settings.contexts),), write=False)
+    rows = read_metrics(folder / "metrics.jsonl")
+    return dataclasses.asdict(result) | {
+        "without_writing": genome(model, longest).contexts[0].bits_per_base,
+        "parameters": TitansLM(config.model).parameter_count,
+        "train_bases": STEPS * BATCH,
+        "train_seconds": sum(BATCH / row["tokens_per_s"] for row in rows),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def held_out(path: Path) -> GenomeConfig:
+    """To test on, the largest power of two of bases that is at most a quarter of them (of
+    E. coli 2^20); an eighth of that to validate on; contexts from 1,024 up to the whole test."""
+    _, codes = next(read_fasta(path))
+    test = 1 << max(0, (len(codes) // 4).bit_length() - 1)
+    contexts = (*(4**n for n in range(5, 16) if 4**n < test), test)
+    return GenomeConfig(path=str(path), test=test, valid=test // 8, contexts=contexts)
+
+
+def write_texts(settings: GenomeConfig, folder: Path) -> Path:
+    """The training and validation parts as letters, for the training loop; made once."""
+    if not (folder / "ready").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = split_genome(settings)
+        named: dict[str, Codes] = {"train": parts.train, "valid": parts.valid}
+        for name, codes in named.items():
+            (folder / f"{name}.txt").write_text(decode_bases(codes), encoding="ascii")
+        (folder / "ready").touch()
+    return folder
+
+
+def run(job: dict[str, Any], paths: dict[str, Path], runs: Path, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    if job["part"] == "classification":
+        return classify(job, paths[job["task"]]) | {"threads": threads}
+    return model_genome(job, paths[job["genome"]], runs) | {"threads": threads}
+
+
+def name_of(path: Path) -> str:
+    return path.resolve().name.split(".")[0]
+
+
+def wanted(job: dict[str, Any], only: list[str] | None) -> bool:
+    """Does one of `only`, NAME or NAME/MODEL, name it?"""
+    name = job.get("task") or job["genome"]
+    return not only or name in only or f"{name}/{job['model']}" in only
+
+
+def mean_and_range(values: list[float], digits: int = 3) -> str:
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    """README.md and the plots, from the rows that are there."""
+    lines = [
+        "# DNA: classification, and the next base of a genome",
+        "",
+        "By `python results/dna/run.py`; every row is in results.json. Means over seeds, and their",
+        "range where there are several.",
+        "",
+    ]
+    lines += classification_page([r for r in rows if r["part"] == "classification"])
+    found = [r for r in rows if r["part"] == "genome"]
+    for name in dict.fromkeys(r["genome"] for r in found):
+        lines += genome_page(name, [r for r in found if r["genome"] == name])
+    dates, machines, threads = (
+        sorted({str(r[key]) for r in rows}) for key in ("date", "machine", "threads")
+    )
+    lines.append(f"{'; '.join(machines)}; threads: {', '.join(threads)}; {', '.join(dates)}.")
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def classification_page(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Classification",
+        "",
+        "Matthews correlation and accuracy on test, of the weights that were best on dev. All are",
+        "trained alike, on single sequences without any pre-training, on both strands. The paper",
+        "has no row for these tasks (its DNA table is on GenomicBenchmarks, which the same command",
+        "reads: `--task FOLDER`).",
+        "",
+    ]
+    for task in dict.fromkeys(r["task"] for r in rows):
+        ours = [r for r in rows if r["task"] == task]
+        table = []
+        for model in dict.fromkeys([*CLASSIFIERS, *(r["model"] for r in ours)]):
+            seeds = [r for r in ours if r["model"] == model]
+            if seeds:
+                columns = [
+                    mean_and_range([r[key] for r in seeds])
+                    for key in ("dev_mcc", "test_mcc", "test_accuracy")
+                ]
+                minutes = sum(r["seconds"] for r in seeds) / len(seeds) / 60
+                table.append(
+                    [
+                        NAMES.get(model, model),
+                        f"{seeds[0]['parameters']:,}",
+                        *columns,
+                        str(len(seeds)),
+                        f"{minutes:.1f}",
+                    ]
+                )
+        lines += [
+            f"### {task}",
+            "",
+            f"{ours[0]['train_sequences']:,} sequences to train on, {ours[0]['test_sequences']:,} "
+            f"to test; {ours[0]['split']}.",
+            "",
+        ]
+        header = ("model", "parameters", "dev MCC", "test MCC", "test accuracy", "seeds", "minutes")
+        lines += [*markdown_table(header, table), ""]
+    plot_curves(rows, HERE / "classification.png")
+    return [*lines, "![MCC on dev while training](classification.png)", ""]
+
+
+def genome_page(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    trained = [r for r in rows if r["model"] != "markov"]
+    chains = [MarkovBits(**m) for r in rows for m in r["markov"]]
+    lines = [
+        f"## The next base: {name}",
+        "",
+        f"{rows[0]['record']}. Split: {rows[0]['split']}; no other genome is used. Bits per base",
+        "of the held-out bases; two bits are a guess.",
+        "",
+    ]
+    if chains:
+        lines += [
+            "Markov chains, counts of both strands of the training part plus one:",
+            "",
+            *markdown_table(
+                ("order", *(str(m.order) for m in chains)),
+                [("bits per base", *(f"{m.bits_per_base:.4f}" for m in chains))],
+            ),
+            "",
+        ]
+    if trained:
+        contexts = [c["context"] for c in trained[0]["contexts"]]
+        table, curves, positions = [], {}, {}
+        for model in dict.fromkeys(r["model"] for r in trained):
+            seeds = [r for r in trained if r["model"] == model]
+            bits = [
+                mean_and_range([r["contexts"][i]["bits_per_base"] for r in seeds], 4)
+                for i in range(len(contexts))
+            ]
+            table.append(
+                [
+                    NAMES.get(model, model),
+                    f"{seeds[0]['parameters']:,}",
+                    *bits,
+                    mean_and_range([r["without_writing"] for r in seeds], 4),
+                    f"{sum(r['train_seconds'] for r in seeds) / len(seeds) / 60:.0f}",
+                ]
+            )
+            curves[NAMES.get(model, model)] = [ContextBits(**c) for c in seeds[0]["contexts"]]
+            positions[NAMES.get(model, model)] = [PositionLoss(**p) for p in seeds[0]["positions"]]
+        lines += [
+            f"Models, trained on {trained[0]['train_bases']:,} bases in windows of "
+            f"{LENGTH * SEGMENTS:,}",
+            "and tested with their memory reset every so many bases (last but one column: never,",
+            "and never written):",
+            "",
+        ]
+        header = ("model", "parameters", *(f"{n:,}" for n in contexts), "not written", "minutes")
+        lines += [*markdown_table(header, table), ""]
+        plot_contexts(curves, chains, HERE / f"{name}.png")
+        plot_positions(positions, HERE / f"{name}-positions.png")
+        lines += [
+            f"![bits per base by context]({name}.png)",
+            "",
+            f"![bits per base by position]({name}-positions.png)",
+            "",
+        ]
+    return lines
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """MCC on dev after every epoch, first seed."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    figure = Figure(figsize=(4.5 * len(tasks), 3.8), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        first = {r["model"]: r for r in reversed(rows) if r["task"] == task}
+        for model in sorted(first):
+            curve = first[model]["dev_curve"]
+            axis.plot(range(1, len(curve) + 1), curve, label=NAMES.get(model, model))
+        axis.set_title(task)
+        axis.set_xlabel("epochs")
+        axis.set_ylabel("MCC on dev")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/dna"))
+    parser.add_argument("--only", nargs="+", metavar="NAME[/MODEL]", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--task", type=Path, nargs="+", default=[], help="folders besides GUE's")
+    parser.add_argument("--genome", type=Path, nargs="+", default=[], help="FASTA files, likewise")
+    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    options = parser.parse_args()
+    path = HERE / "results.json"
+    rows = read_rows(path)
+    if not options.table_only:
+        data = Path(os.environ["TITANS_DATA_DIR"]).resolve() / "dna"
+        tasks = {name_of(p): p.resolve() for p in [*(data / t for t in TASKS), *options.task]}
+        genomes = {name_of(p): p.resolve() for p in [data / GENOME, *options.genome]}
+        jobs = [
+            {"part": "classification", "task": task, "model": model, "seed": seed}
+            for seed in options.seeds
+            for task in tasks
+            for model in CLASSIFIERS
+        ]
+        jobs += [{"part": "genome", "genome": g, "model": "markov", "seed": 0} for g in genomes]
+        jobs += [
+            {"part": "genome", "genome": g, "model": model, "seed": seed}
+            for seed in options.seeds
+            for g in genomes
+            for model in LANGUAGE_MODELS
+        ]
+        jobs = [job for job in jobs if wanted(job, options.only)]
+        one = partial(
+            run, paths=tasks | genomes, runs=options.runs.resolve(), threads=options.threads
+        )
+        rows = run_jobs(path, jobs, one, workers=options.workers)
+    if rows:
+        write_page(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Language modelling at one size and one number of tokens: four Titans and their rivals.
+
+    TITANS_DATA_DIR=... python results/language/run.py [--workers 2] [--corpus NAME] [--table-only]
+
+Every variant has the parameters of the Transformer++ (within 2 %), the same tokens in the same
+order, and the same budget for tuning: each learning rate of RATES for TUNE_TOKENS on WikiText-2,
+the best by validation loss kept for everything after. Then every seed of every corpus is trained
+for TOKENS and tested on whole held-out documents, each read in one stream. A finished row of
+results.json is not repeated, and a stopped training goes on from its last checkpoint in --runs.
+
+TITANS_DATA_DIR holds `text/wikitext-2/{train,valid,test}.txt.gz` and `books/*.txt.gz`.
+"""
+
+import argparse
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from titans.config import MemoryConfig, TitansConfig, Variant
+from titans.data.documents import read_documents
+from titans.data.shards import prepare
+from titans.data.tokenizers import BPETokenizer, load_tokenizer
+from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
+from titans.evals.report import markdown_table
+from titans.models.lm import TitansLM, load
+from titans.presets import count_parameters, matched
+from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from titans.train.loop import train
+from titans.train.metrics import read_metrics
+
+HERE = Path(__file__).parent
+VOCABULARY = 4096
+TOKENS, TUNE_TOKENS = 2**20, 2**18
+RATES = (1e-3, 2e-3, 4e-3)
+LENGTH, BATCH = 1024, 8192
+SEEDS = (0, 1)
+CORPORA = ("wikitext-2", "books")
+# Held out by name, whatever is trained on the others: also in results/needle and results/text.
+VALID_BOOKS, TEST_BOOKS = ("chesterton-thursday",), ("austen-persuasion", "1184-0")
+
+# What all are matched to; its feed-forward of 4 x 256 leaves some to those with two mixers.
+BASE = TitansConfig(
+    variant="transformer",
+    vocab_size=VOCABULARY,
+    dim=256,
+    layers=4,
+    heads=4,
+    ffn_hidden=1024,
+    window=128,
+    segment=128,
+    persistent=4,
+    # The paper's memory, two layers with momentum and forgetting, written every 16 tokens, with
+    # our gates and learned M_0.
+    memory=MemoryConfig(
+        dim=256, heads=4, depth=2, residual=True, norm=True, momentum=True, chunk_size=16
+    ),
+)
+LINEAR = MemoryConfig(dim=256, heads=4)
+MODELS: dict[str, tuple[Variant, MemoryConfig]] = {
+    "Titans LMM": ("lmm", BASE.memory),
+    "Titans MAC": ("mac", BASE.memory),
+    "Titans MAG": ("mag", BASE.memory),
+    "Titans MAL": ("mal", BASE.memory),
+    "Titans LMM, linear memory": ("lmm", LINEAR),
+    "Transformer++": ("transformer", LINEAR),
+    "Sliding attention": ("sliding", LINEAR),
+    "Gated DeltaNet": ("gated-deltanet", LINEAR),
+    "TTT-MLP": ("ttt-mlp", LINEAR),
+    "RWKV-7": ("rwkv7", LINEAR),
+    "Mamba2": ("mamba2", LINEAR),
+}
+
+
+def model_config(name: str) -> TitansConfig:
+    variant, memory = MODELS[name]
+    return matched(dataclasses.replace(BASE, memory=memory), variant, count_parameters(BASE))
+
+
+def files(root: Path, corpus: str, part: str) -> list[Path]:
+    if corpus == "wikitext-2":
+        return [root / f"text/wikitext-2/{part}.txt.gz"]
+    held_out = {"valid": VALID_BOOKS, "test": TEST_BOOKS}
+    every = sorted((root / "books").glob("*.txt.gz"))
+    if part in held_out:
+        return [b for b in every if b.name.startswith(held_out[part])]
+    return [b for b in every if not b.name.startswith(VALID_BOOKS + TEST_BOOKS)]
+
+
+def prepare_corpus(root: Path, runs: Path, corpus: str) -> Path:
+    """A tokenizer learned from the training text, and shards of it; made once."""
+    folder = runs / corpus
+    if not (folder / "ready").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [d.text for d in read_books(files(root, corpus, "train"))]
+        path = folder / "tokenizer.json"
+        BPETokenizer.train(texts, VOCABULARY, path)
+        for part in ("train", "valid"):
+            documents = read_books(files(root, corpus, part))
+            prepare(documents, load_tokenizer(path), folder / part)
+        (folder / "ready").touch()
+    return folder
+
+
+def read_books(paths: list[Path]) -> list[Any]:
+    """Documents without Gutenberg's notices; two of the books are in Latin-1."""
+    return list(read_documents(paths, strip_gutenberg=True, encoding="auto"))
+
+
+def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
+    """Train and test one model; the row of results.json."""
+    name, corpus, rate = job["model"], job["corpus"], job["rate"]
+    folder = runs / "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
+    data = runs / corpus
+    steps = job["tokens"] // BATCH
+    config = RunConfig(
+        model=model_config(name),
+        data=DataConfig(
+            paths=(str(data / "train"),), valid_paths=(str(data / "valid"),), length=LENGTH
+        ),
+        train=TrainConfig(
+            steps=steps,
+            tokens_per_batch=BATCH,
+            seed=job["seed"],
+            write_cost=0.0,
+            eval_every=max(1, steps // 4),
+            eval_batches=8,
+            checkpoint_every=16,
+            keep_checkpoints=1,
+            threads=1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup=max(1, steps // 10)),
+    )
+    result = train(config, folder, progress=False)
+    if not result.finished:
+        raise KeyboardInterrupt
+    rows = read_metrics(folder / "metrics.jsonl")
+    done = {
+        "parameters": TitansLM(config.model).parameter_count,
+        "valid_loss": rows[-1]["valid_loss"],
+        "train_minutes": sum(BATCH / r["tokens_per_s"] for r in rows) / 60,
+    }
+    if job["stage"] == "tune":
+        return done
+    tested = perplexity(
+        load(result.checkpoint / "model.safetensors"),
+        PerplexityConfig(
+            paths=tuple(str(f) for f in files(root, corpus, "test")),
+            strip_gutenberg=True,
+            encoding="auto",
+        ),
+        load_tokenizer(data / "tokenizer.json"),
+    )
+    return done | {
+        "bits_per_byte": tested.bits_per_byte,
+        "word_perplexity": tested.word_perplexity,
+        "test_bytes": tested.bytes,
+        "positions": [dataclasses.asdict(p) for p in tested.positions],
+    }
+
+
+def best_rates(rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
+    """Model -> the learning rate that was best in tuning, for those whose tuning is complete."""
+    chosen = {}
+    for name in names:
+        tuned = [r for r in rows if r["stage"] == "tune" and r["model"] == name]
+        if len(tuned) == len(RATES):
+            chosen[name] = min(tuned, key=lambda r: r["valid_loss"])["rate"]
+    return chosen
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    """README.md and the plots, from the rows that are there."""
+    tested = [r for r in rows if r["stage"] == "test"]
+    lines = [
+        "# Language modelling at one size and one number of tokens",
+        "",
+        f"{TOKENS:,} training tokens (byte-pair encoding of {VOCABULARY:,} learned from the",
+        f"training text), rows of {LENGTH:,}, batches of {BATCH:,}, by",
+        "`python results/language/run.py`. Bits per byte of whole held-out documents, each read in",
+        "one stream; mean over seeds, and their range where there are several. Every model was",
+        f"tuned alike: learning rates {', '.join(f'{r:g}' for r in RATES)} for {TUNE_TOKENS:,}",
+        "tokens of WikiText-2, the best by validation loss. Minutes of training on a CPU: it ranks",
+        "how fast these models learn at this size, not what they reach.",
+        "",
+    ]
+    for corpus in CORPORA:
+        ours = [r for r in tested if r["corpus"] == corpus]
+        if not ours:
+            continue
+        table = []
+        for name in MODELS:
+            seeds = [r for r in ours if r["model"] == name]
+            if seeds:
+                bits = [r["bits_per_byte"] for r in seeds]
+                words = [r["word_perplexity"] for r in seeds]
+                spread = f" ({min(bits):.3f}-{max(bits):.3f})" if len(bits) > 1 else ""
+                mean = sum(bits) / len(bits)
+                cells = (
+                    name,
+                    f"{seeds[0]['parameters']:,}",
+                    f"{seeds[0]['rate']:g}",
+                    str(len(seeds)),
+                    f"{mean:.3f}{spread}",
+                    f"{sum(words) / len(words):.1f}",
+                    f"{sum(r['train_minutes'] for r in seeds) / len(seeds):.0f}",
+                )
+                table.append((mean, cells))
+        lines += [f"## {corpus}", ""]
+        lines += markdown_table(
+            ("model", "parameters", "rate", "seeds", "bits per byte", "word perplexity", "minutes"),
+            [cells for _, cells in sorted(table)],
+        )
+        lines.append("")
+        first = {r["model"]: [PositionLoss(**p) for p in r["positions"]] for r in reversed(ours)}
+        plot_positions({n: first[n] for n in MODELS if n in first}, HERE / f"{corpus}.png")
+        lines += [f"![loss by position]({corpus}.png)", ""]
+    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
+    lines.append(
+        f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
+    )
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/language"))
+    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--corpus", choices=CORPORA, nargs="+", default=CORPORA)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    options = parser.parse_args()
+    path = HERE / "results.json"
+    rows = read_rows(path)
+    if not options.table_only:
+        root = Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        for corpus in {"wikitext-2", *options.corpus}:
+            prepare_corpus(root, options.runs, corpus)
+        one = partial(run, runs=options.runs.resolve(), root=root)
+        tuning = [
+            {"stage": "tune", "corpus": "wikitext-2", "model": name, "seed": 0}
+            | {"tokens": TUNE_TOKENS, "rate": rate}
+            for name in options.model
+            for rate in RATES
+        ]
+        rows = run_jobs(path, tuning, one, workers=options.workers)
+        rates = best_rates(rows, options.model)
+        tests = [
+            {"stage": "test", "corpus": corpus, "model": name, "seed": seed}
+            | {"tokens": TOKENS, "rate": rates[name]}
+            for seed in options.seeds
+            for corpus in options.corpus
+            for name in options.model
+        ]
+        rows = run_jobs(path, tests, one, workers=options.workers)
+    write_page(rows)
+
+
+if __name__ == "__main__":
+    main()
