@@ -1,28 +1,26 @@
 """Long-term forecasting: LMM, the same with attention, and DLinear, beside the paper's rows.
 
-    TITANS_DATA_DIR=... python results/forecast/run.py [--only ETTh1] [--horizon 96] [--seeds 2]
+    TITANS_DATA_DIR=... python results/forecast/run.py [--workers 2] [--only ETTh1]
 
 TITANS_DATA_DIR holds `timeseries/{ETTh1,ETTm1,weather,exchange_rate}.csv[.gz]`. A finished
 (data, horizon, model, seed) is a row of results.json and is not repeated; delete the row to run
-it again. Several processes may share the folder, each with an --only or --horizon of its own.
+it again.
 """
 
 import argparse
 import dataclasses
-import fcntl
-import json
+import itertools
 import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from titans.evals.forecast import Example, ForecastSettings, example, fit, plot
-from titans.evals.report import machine, markdown_table, write_json
+from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
 HORIZONS = (96, 192, 336, 720)
@@ -49,64 +47,25 @@ PAPER = {
     "DLinear": {"ETTh1": (0.456, 0.452), "ETTm1": (0.403, 0.407), "weather": (0.265, 0.317)},
 }
 NAMES = {"lmm": "LMM", "attention": "attention, same backbone", "dlinear": "DLinear"}
-KEY = ("data", "horizon", "model", "seed")
 
 
-@contextmanager
-def stored(name: str) -> Iterator[dict[str, Any]]:
-    """The content of a JSON file by key, written back whole; one process at a time."""
-    folder = os.open(HERE, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        path = HERE / name
-        rows = json.loads(path.read_text()) if path.exists() else []
-        content = {key_of(row): row for row in rows}
-        before = dict(content)
-        yield content
-        if content != before:
-            write_json(path, [content[key] for key in sorted(content)])
-    finally:
-        os.close(folder)  # and with it the lock
-
-
-def key_of(row: dict[str, Any]) -> str:
-    return " ".join(f"{row[name]:>5}" for name in KEY if name in row)
-
-
-def run(path: Path, name: str, horizon: int, model: Any, seed: int) -> None:
-    settings = ForecastSettings(
-        data=str(path), model=model, horizon=horizon, seed=seed, **SHARED, **SERIES[name]
-    )
+def run(job: dict[str, Any], root: Path, threads: int) -> dict[str, Any]:
+    """Fit and test one forecaster; with some forecasts for the plot."""
+    torch.set_num_threads(threads)
+    name = job["data"]
+    settings = ForecastSettings(**SHARED, **SERIES[name], **(job | {"data": str(find(root, name))}))
     fitted = fit(settings)
-    row = {
-        **dataclasses.asdict(fitted.result),
-        "data": name,
+    row = dataclasses.asdict(fitted.result) | {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "data"},
-        "threads": torch.get_num_threads(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
+        "threads": threads,
     }
-    if seed == 0 and horizon == SHOWN_HORIZON:
+    if job["seed"] == 0 and job["horizon"] == SHOWN_HORIZON:
         channels = [c for c in SHOWN.get(name, SHOWN_DEFAULT) if c in fitted.data.channels]
-        new = dataclasses.asdict(example(fitted, SHOWN_WINDOW, channels))
-        with stored("examples.json") as content:
-            old = content.get(key_of(new), new)
-            new["forecasts"] = {**old["forecasts"], **new["forecasts"]}
-            content[key_of(new)] = new
-    with stored("results.json") as content:
-        content[key_of(row)] = row
-    r = fitted.result
-    print(
-        f"{name} {horizon} {model} seed {seed}: MSE {r.mse:.4f}, MAE {r.mae:.4f}, validation "
-        f"{r.valid_mse:.4f}, best epoch {r.best_epoch} of {r.epochs}, "
-        f"{r.train_seconds:.0f} + {r.test_seconds:.0f} s",
-        flush=True,
-    )
+        row["example"] = dataclasses.asdict(example(fitted, SHOWN_WINDOW, channels))
+    return row | job
 
 
-def write_page() -> None:
-    with stored("results.json") as content:
-        rows = list(content.values())
+def write_page(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     names = [name for name in SERIES if any(r["data"] == name for r in rows)]
@@ -176,13 +135,22 @@ def write_page() -> None:
                 table.append([name, NAMES[model], size, str(seeds), *times])
     header = ["data", "model", "parameters", "seeds", "epochs", "training", "test"]
     lines += markdown_table(header, table)
-    with stored("examples.json") as content:
-        examples = [Example(**content[key]) for key in sorted(content)]
+    examples = examples_of(rows)
     if examples:
         plot(examples, HERE / "forecasts.png")
         lines += ["", "![forecasts against the truth](forecasts.png)"]
         lines += ["", f"Test window {SHOWN_WINDOW} of each file, seed 0: chosen before any run."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def examples_of(rows: list[dict[str, Any]]) -> list[Example]:
+    """One a series, with the forecasts of every model."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "example" in row:
+            known = found.setdefault(row["data"], dict(row["example"]))
+            known["forecasts"] = known["forecasts"] | row["example"]["forecasts"]
+    return [Example(**found[name]) for name in sorted(found)]
 
 
 def matches(row: dict[str, Any], name: str, horizon: int, model: str) -> bool:
@@ -227,26 +195,26 @@ def main() -> None:
     parser.add_argument("--only", choices=SERIES, nargs="+", default=list(SERIES))
     parser.add_argument("--horizon", type=int, choices=HORIZONS, nargs="+", default=HORIZONS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to SEEDS - 1")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table-only", action="store_true", help="from the finished runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    path = HERE / "results.json"
+    rows = read_rows(path)
     if not options.table_only:
-        if "TITANS_DATA_DIR" not in os.environ:
-            raise SystemExit("set TITANS_DATA_DIR to the folder that holds timeseries/")
-        paths = {n: find(Path(os.environ["TITANS_DATA_DIR"]), n) for n in options.only}
-        with stored("results.json") as content:
-            finished = set(content)
-        for seed in range(options.seeds):
-            for name, path in paths.items():
-                for horizon in options.horizon:
-                    for model in options.model:
-                        wanted = dict(zip(KEY, (name, horizon, model, seed), strict=True))
-                        if key_of(wanted) not in finished:
-                            run(path, name, horizon, model, seed)
-                            write_page()
-    write_page()
+        one = partial(
+            run, root=Path(os.environ["TITANS_DATA_DIR"]).resolve(), threads=options.threads
+        )
+        for seed, name in itertools.product(options.seeds, options.only):
+            jobs = [
+                {"data": name, "horizon": horizon, "model": model, "seed": seed}
+                for horizon in options.horizon
+                for model in options.model
+            ]
+            rows = run_jobs(path, jobs, one, workers=options.workers)
+            write_page(rows)
+    write_page(rows)
 
 
 if __name__ == "__main__":
