@@ -9,7 +9,6 @@ was stopped goes on from its last checkpoint; finished ones are not repeated.
 import argparse
 import json
 import os
-import platform
 import time
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from titans.config import load_toml
 from titans.data.documents import read_documents
 from titans.data.shards import prepare
 from titans.data.tokenizers import ByteTokenizer
+from titans.evals.report import machine
 from titans.models.lm import TitansLM
 from titans.train.config import RunConfig
 from titans.train.loop import train
@@ -47,18 +47,10 @@ def corpora(root: Path, runs: Path) -> dict[str, tuple[Path, Path]]:
         folders = (runs / f"{name}-train", runs / f"{name}-valid")
         for files, folder in zip(parts, folders, strict=True):
             if not folder.exists():
-                texts = (d for f in files for d in read_any(f))
+                texts = read_documents(files, strip_gutenberg=True, encoding="auto")
                 prepare(texts, ByteTokenizer(), folder)
         prepared[name] = folders
     return prepared
-
-
-def read_any(path: Path) -> list:
-    """A book in UTF-8, or in Latin-1 as two of them are, without Gutenberg's notices."""
-    try:
-        return list(read_documents([path], strip_gutenberg=True))
-    except ValueError:
-        return list(read_documents([path], strip_gutenberg=True, encoding="latin-1"))
 
 
 def run(name: str, variant: str, folders: tuple[Path, Path], runs: Path) -> dict:
@@ -86,17 +78,6 @@ def run(name: str, variant: str, folders: tuple[Path, Path], runs: Path) -> dict
     }
     (folder / "result.json").write_text(json.dumps(record))
     return record
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1] for x in info.read_text().splitlines() if x.startswith("model name")
-        ]
-        model = names[0].strip() if names else model
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def write_table(records: list[dict]) -> None:

@@ -23,6 +23,7 @@ from rich.table import Table
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Fact
 from titans.evals.facts import Haystack, ask, hide_facts, read
+from titans.evals.report import readable
 from titans.generate import Reading
 from titans.models.lm import load
 from titans.state import ModelState
@@ -235,11 +236,3 @@ def table(result: DemoResult) -> Table:
     cells = [f"{100 * value:.0f} %" for value in result.recall_fresh_process]
     view.add_row("memory from its file", *cells, "")
     return view
-
-
-def readable(count: int) -> str:
-    """1024 -> 1K, 1048576 -> 1M."""
-    for unit, size in (("M", 2**20), ("K", 2**10)):
-        if count >= size and count % (size // 4) == 0:
-            return f"{count / size:g}{unit}"
-    return f"{count:,}"

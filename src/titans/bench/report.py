@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from titans.bench.contest import Row
-from titans.demo import readable
+from titans.evals.report import readable
 
 # Header, field, and how a value is written. A column without a single value is left out.
 COLUMNS = (

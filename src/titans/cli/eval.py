@@ -117,17 +117,17 @@ def show(result: Any) -> None:
             names = [f.name for f in dataclasses.fields(value[0])]
             table = Table(*names, title=field.name)
             for row in value:
-                table.add_row(*(readable(getattr(row, name)) for name in names))
+                table.add_row(*(text_of(getattr(row, name)) for name in names))
             console.print(table)
         else:
-            console.print(f"{field.name}: {readable(value)}", highlight=False)
+            console.print(f"{field.name}: {text_of(value)}", highlight=False)
 
 
-def readable(value: Any) -> str:
+def text_of(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, tuple):
-        return f"{len(value)} values" if len(value) > 8 else ", ".join(map(readable, value))
+        return f"{len(value)} values" if len(value) > 8 else ", ".join(map(text_of, value))
     return str(value)

@@ -56,11 +56,3 @@ def wilson(right: float, asked: int) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
     scale = 1 + z**2 / asked
     return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
-
-
-def readable(count: int) -> str:
-    """1024 -> 1K, 1048576 -> 1M."""
-    for unit, scale in (("M", 2**20), ("K", 2**10)):
-        if count >= scale and count % (scale // 4) == 0:
-            return f"{count / scale:g}{unit}"
-    return f"{count:,}"

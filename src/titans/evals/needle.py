@@ -14,7 +14,8 @@ import numpy as np
 from titans.data.haystack import Sample, prose
 from titans.data.needle import KINDS, NeedleTask, check_kind
 from titans.data.tokenizers import ByteTokenizer, Tokenizer
-from titans.evals.answers import answer, exact, readable, wilson
+from titans.evals.answers import answer, exact, wilson
+from titans.evals.report import readable
 from titans.models.lm import TitansLM
 from titans.train.config import expand_paths
 

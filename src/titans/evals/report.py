@@ -31,3 +31,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     """Lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def readable(count: int) -> str:
+    """1024 -> 1K, 1048576 -> 1M."""
+    for unit, scale in (("M", 2**20), ("K", 2**10)):
+        if count >= scale and count % (scale // 4) == 0:
+            return f"{count / scale:g}{unit}"
+    return f"{count:,}"

@@ -1,0 +1,307 @@
+"""Single needles in a haystack, far beyond the lengths of training: Titans and rivals.
+
+    TITANS_DATA_DIR=... python results/needle/run.py [--model NAME ...] [--workers 2] [--table-only]
+
+RULER's three single-needle tasks in RULER's words. Every model has the same size (within 2 %) and
+the same training in two runs: short rows until values are copied, then rows of up to 4,096 tokens
+on which gates have to close (configs below). Then it is asked at ever longer prompts. Words, values
+and books of the tests do not occur in training (`titans.data.haystack`).
+
+TITANS_DATA_DIR holds `needle/{noun,adjective}list.txt` and `books/*.txt.gz`. Finished rows of
+results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
+"""
+
+import argparse
+import os
+import random
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans.config import MemoryConfig, TitansConfig, Variant
+from titans.data.documents import read_documents
+from titans.data.haystack import NOISE, prose_files
+from titans.data.needle import word_list
+from titans.data.tokenizers import BPETokenizer, load_tokenizer
+from titans.evals.jobs import Row, find, read_rows, run_jobs
+from titans.evals.needle import NeedleConfig, needle
+from titans.evals.report import markdown_table, readable
+from titans.models.lm import TitansLM, load
+from titans.presets import count_parameters, matched
+from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
+from titans.train.loop import train
+from titans.train.metrics import read_metrics
+
+HERE = Path(__file__).parent
+KINDS = ("single-1", "single-2", "single-3")
+LENGTHS = (2048, 4096, 8192, 16384, 65536, 262144, 2**20, 2**21)
+VOCABULARY = 2048
+SEED = 0
+
+BASE = TitansConfig(
+    variant="mal",
+    vocab_size=VOCABULARY,
+    dim=128,
+    layers=2,
+    heads=2,
+    ffn_hidden=256,
+    window=32,
+    segment=64,
+    persistent=0,
+    memory=MemoryConfig(heads=2, conv_width=8, gate_input="window", qkv_activation="none"),
+)
+MODELS: dict[str, Variant] = {
+    "Titans LMM": "lmm",
+    "Titans MAC": "mac",
+    "Titans MAG": "mag",
+    "Titans MAL": "mal",
+    "TTT-MLP": "ttt-mlp",
+    "Gated DeltaNet": "gated-deltanet",
+    "Mamba2": "mamba2",
+    "Sliding attention": "sliding",
+}
+# The paper's rows at 2K, 4K, 8K and 16K, for those of the same name.
+PAPER = {
+    "Titans LMM": "99.8 98.4 98.2 96.2 | 100.0 99.8 93.4 80.2 | 90.4 89.4 85.8 80.6",
+    "Titans MAC": "99.2 98.8 99.0 98.4 | 99.6 98.2 97.6 97.4 | 98.2 98.2 95.6 95.2",
+    "Titans MAG": "99.4 98.0 97.4 97.4 | 99.2 98.8 97.2 98.6 | 98.0 98.0 90.2 88.2",
+    "Titans MAL": "98.8 98.6 98.8 97.8 | 99.8 98.1 96.8 96.4 | 98.0 97.4 92.0 90.4",
+    "TTT-MLP": "98.4 98.8 98.0 88.4 | 60.2 36.6 10.2 4.4 | 78.8 28.0 4.4 0.0",
+    "Mamba2": "98.6 61.4 31.0 5.4 | 98.4 55.8 14.2 0.0 | 42.2 4.2 0.0 0.0",
+}
+
+
+def samples_at(length: int) -> int:
+    """Questions of a cell: fewer where a prompt takes minutes."""
+    return 100 if length <= 16384 else 24 if length <= 2**18 else 8
+
+
+def model_config(name: str) -> TitansConfig:
+    return matched(BASE, MODELS[name], count_parameters(BASE))
+
+
+def prepare_tokenizer(root: Path, path: Path) -> None:
+    """A byte-pair encoding of the training books and of the tasks' words, learned once."""
+    if path.exists():
+        return
+    files = prose_files([root / "books"], held_out=False)
+    generator = random.Random(SEED)
+    nouns, adjectives = (
+        word_list(root / "needle" / f"{kind}list.txt", held_out=False)
+        for kind in ("noun", "adjective")
+    )
+
+    def texts() -> Any:
+        for document in read_documents(files, strip_gutenberg=True, encoding="auto"):
+            yield document.text
+        for _ in range(20_000):
+            key = f"{generator.choice(adjectives)}-{generator.choice(nouns)}"
+            yield (
+                f"A special magic number is hidden within the following text. {NOISE} One of the "
+                f"special magic numbers for {key} is: What is the special magic uuid for {key} "
+                "mentioned in the provided text?"
+            )
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    BPETokenizer.train(texts(), VOCABULARY, path)
+
+
+def copying(name: str, data: DataConfig, optimizer: OptimizerConfig) -> RunConfig:
+    """The first run: rows of 128 tokens with up to three needles, until values are copied."""
+    return RunConfig(
+        model=model_config(name),
+        data=replace(data, lengths=(128,), facts_max=3, needle=replace(data.needle, dense=1.0)),
+        train=TrainConfig(
+            steps=500,
+            tokens_per_batch=4096,
+            write_cost=0.0,
+            eval_every=100,
+            eval_batches=2,
+            checkpoint_every=50,
+            keep_checkpoints=1,
+            seed=SEED,
+            threads=1,
+        ),
+        optimizer=replace(optimizer, learning_rate=3e-3, warmup=100, min_ratio=0.3),
+    )
+
+
+def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path) -> RunConfig:
+    """The second: ever longer rows, half of them just like a test, and a price on writing (which
+    only gates that can close have; others pay none)."""
+    own = name.startswith("Titans")
+    return RunConfig(
+        model=model_config(name),
+        data=replace(
+            data,
+            lengths=(128, 256, 512),
+            facts_max=4,
+            stages=(200, 500),
+            stage_lengths=((256, 512, 1024), (1024, 2048, 4096)),
+            stage_facts=((1, 6), (1, 8)),
+            stage_write_costs=(0.1, 0.3) if own else (0.0, 0.0),
+        ),
+        train=TrainConfig(
+            steps=900,
+            tokens_per_batch=4096,
+            initial_model=str(start),
+            write_cost=0.02 if own else 0.0,
+            eval_every=100,
+            eval_batches=2,
+            checkpoint_every=50,
+            keep_checkpoints=1,
+            seed=SEED + 1,
+            threads=1,
+        ),
+        optimizer=replace(optimizer, learning_rate=2e-3, warmup=30, min_ratio=0.05),
+    )
+
+
+def fit(job: Row, runs: Path, root: Path) -> Row:
+    """Both trainings of one model, or what is left of them; its weights are kept in `runs`."""
+    name = job["model"]
+    folder = runs / name.replace(" ", "-")
+    data = DataConfig(
+        task="needle",
+        paths=(str(root / "books"),),
+        tokenizer=str(runs / "tokenizer.json"),
+        text_weight=0.1,
+        needle=NeedleRows(kinds=KINDS, words=str(root / "needle"), dense=0.5),
+    )
+    optimizer = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.01)
+    first = train(copying(name, data, optimizer), folder / "copying", progress=False)
+    if first.finished:
+        start = first.checkpoint / "model.safetensors"
+        second = train(closing(name, data, optimizer, start), folder / "closing", progress=False)
+    if not first.finished or not second.finished:
+        raise KeyboardInterrupt
+    load(second.checkpoint / "model.safetensors").save(weights(runs, name))
+    logged = [read_metrics(r.folder / "metrics.jsonl") for r in (first, second)]
+    return {
+        "parameters": TitansLM(model_config(name)).parameter_count,
+        "copied": [r["valid_token_recall"] for run in logged for r in run if "valid_loss" in r],
+        "open": logged[1][-1]["open"],
+        "train_minutes": sum(4096 / r["tokens_per_s"] for run in logged for r in run) / 60,
+    }
+
+
+def weights(runs: Path, name: str) -> Path:
+    return runs / f"{name.replace(' ', '-')}.safetensors"
+
+
+def test(job: Row, runs: Path, root: Path) -> Row:
+    """One kind at one length."""
+    torch.set_num_threads(1)
+    path = weights(runs, job["model"])
+    if not path.exists():  # its row came from another machine
+        fit({"model": job["model"]}, runs, root)
+    samples = samples_at(job["length"])
+    config = NeedleConfig(
+        kinds=(job["kind"],),
+        lengths=(job["length"],),
+        samples=samples,
+        rows=min(samples, max(1, 2**21 // job["length"])),
+        words=str(root / "needle"),
+        paths=(str(root / "books"),),
+    )
+    begin = time.perf_counter()
+    (cell,) = needle(load(path), config, load_tokenizer(runs / "tokenizer.json")).cells
+    row = {key: getattr(cell, key) for key in ("asked", "score", "exact", "low", "high")}
+    return row | {"seconds": time.perf_counter() - begin}
+
+
+def lost(rows: list[Row], job: Row) -> bool:
+    """Was nothing found at a quarter of the length or less? Then this length is not asked."""
+    shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n >= 2**16 and n < job["length"]]
+    return any(row is not None and row["score"] == 0 for row in shorter)
+
+
+def write_page(rows: list[Row]) -> None:
+    trained = [r for r in rows if r["stage"] == "train"]
+    tested = [r for r in rows if r["stage"] == "test"]
+    lengths = sorted({r["length"] for r in tested})
+    lines = [
+        "# Single needles, far beyond the lengths of training",
+        "",
+        "RULER's single-needle tasks, found in percent, by `python results/needle/run.py`. Models",
+        f"of {trained[0]['parameters']:,} parameters (within 2 %), two layers of width 128, tokens",
+        f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
+        "(1,400 steps of 4,096 tokens), one seed. Words, values and books of the tests do not",
+        "occur in training: nouns, adjectives and values by a hash, books by name. Below a model's",
+        "row is the paper's, where there is one (170M to 760M parameters, Llama's tokens). Empty:",
+        "not asked, as nothing was found at a shorter length.",
+        "",
+    ]
+    titles = {
+        "single-1": "pass-key in noise",
+        "single-2": "number in prose",
+        "single-3": "uuid in prose",
+    }
+    for position, kind in enumerate(KINDS):
+        table = []
+        for name in MODELS:
+            cells = []
+            for n in lengths:
+                row = find(tested, {"model": name, "kind": kind, "length": n})
+                cells.append("" if row is None else f"{100 * row['score']:.0f}")
+            if any(cells):
+                table.append((name, *cells))
+                if name in PAPER:
+                    paper = PAPER[name].split(" | ")[position].split()
+                    table.append(("the paper's", *paper, *[""] * (len(lengths) - len(paper))))
+        lines += [f"## {kind}: {titles[kind]}", ""]
+        lines += [*markdown_table(("model", *(readable(n) for n in lengths)), table), ""]
+    asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
+    lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
+    lines += markdown_table(
+        ("model", "parameters", "value tokens copied, on the way", "gates open", "minutes"),
+        [
+            (
+                r["model"],
+                f"{r['parameters']:,}",
+                " ".join(f"{100 * x:.0f}" for x in r["copied"]),
+                f"{100 * r['open']:.2f} %",
+                f"{r['train_minutes']:.0f}",
+            )
+            for r in trained
+        ],
+    )
+    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
+    lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/needle"))
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    options = parser.parse_args()
+    path, rows = HERE / "results.json", read_rows(HERE / "results.json")
+    if not options.table_only:
+        runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        prepare_tokenizer(root, runs / "tokenizer.json")
+        training = [{"stage": "train", "model": name} for name in options.model]
+        one = partial(fit, runs=runs, root=root)
+        rows = run_jobs(path, training, one, workers=options.workers)
+        for length in sorted(options.lengths):
+            asking = [
+                {"stage": "test", "model": name, "kind": kind, "length": length}
+                for name in options.model
+                for kind in KINDS
+            ]
+            asking = [job for job in asking if not lost(rows, job)]
+            one = partial(test, runs=runs, root=root)
+            rows = run_jobs(path, asking, one, workers=options.workers)
+            write_page(rows)
+    write_page(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""titans eval: the settings of a suite are its options, and its result comes whole."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import pytest
+
+from titans import TitansConfig, TitansLM
+from titans.cli import main
+from titans.cli.eval import SUITES, load_suite
+from titans.cli.fields import add_fields, from_options
+from titans.cli.parser import Parser
+from titans.evals.perplexity import PerplexityConfig, perplexity
+from titans.evals.recall import RecallConfig, recall
+from titans.models.lm import load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    where: str
+    """No default: it must be given, 100 %."""
+    sizes: tuple[int, ...] = (1, 2)
+    """Several."""
+    kind: Literal["one", "two"] = "one"
+    share: float = 0.5
+    write: bool = True
+    limit: int | None = None
+
+
+def parsed(*arguments):
+    parser = Parser(prog="p")
+    add_fields(parser, Settings)
+    return from_options(Settings, parser.parse_args(arguments))
+
+
+def test_fields_are_options():
+    assert parsed("--where", "a") == Settings(where="a")
+    given = parsed(
+        *[
+            "--where",
+            "b",
+            "--sizes",
+            "3",
+            "64K",
+            "--kind",
+            "two",
+            "--share",
+            "0.25",
+            "--no-write",
+            "--limit",
+            "7",
+        ]
+    )
+    assert given == Settings(
+        where="b", sizes=(3, 65536), kind="two", share=0.25, write=False, limit=7
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--where"),
+        (["--where", "a", "--kind", "three"], "invalid choice: 'three'"),
+        (["--where", "a", "--sizes", "few"], "expected a positive number such as 64K, got 'few'"),
+    ],
+)
+def test_a_bad_option_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        parsed(*arguments)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_describes_its_options(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        main(["eval", name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    config = getattr(load_suite(SUITES[name]), SUITES[name].config)
+    for field in dataclasses.fields(config):
+        assert f"--{field.name.replace('_', '-')}" in said
+
+
+def test_a_suite_of_a_checkpoint(tmp_path, capsys):
+    model, text = tmp_path / "m.safetensors", tmp_path / "text.txt"
+    TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
+    text.write_text("What was said here is said again: what was said here.")
+    main(
+        ["eval", "perplexity", "--checkpoint", str(model), "--paths", str(text)]
+        + ["--out", str(tmp_path / "out"), "--json"]
+    )
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = perplexity(load(model), PerplexityConfig(paths=(str(text),)))
+    assert last["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
+    assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == last
+
+
+def test_a_suite_that_trains(tmp_path, capsys):
+    options = [
+        "--steps",
+        "3",
+        "--tokens",
+        "400",
+        "--pairs",
+        "2",
+        "4",
+        "--rows",
+        "2",
+        "--head-dim",
+        "8",
+        "--dim",
+        "16",
+    ]
+    main(["eval", "recall", *options, "--out", str(tmp_path), "--json"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = recall(RecallConfig(steps=3, tokens=400, pairs=(2, 4), rows=2, head_dim=8, dim=16))
+    assert last["cells"] == [dataclasses.asdict(cell) for cell in expected.cells]
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "needle", "--checkpoint", str(tmp_path / "no")])
+    assert capsys.readouterr().err == f"titans: {tmp_path / 'no'}: no such file\n"

@@ -1,0 +1,53 @@
+"""Associative recall: what is asked can be known, and a memory that can learn it does."""
+
+import pytest
+import torch
+
+from titans.data.pairs import IGNORED, PairTask
+from titans.evals.recall import RecallConfig, ask, build_model, recall, row_length, train
+
+EASY = RecallConfig(keys=8, most_trained=2, pairs=(2,), head_dim=16, dim=32, steps=350, tokens=1024)
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 64])
+def test_every_key_is_asked_once(pairs):
+    task = PairTask(rows=3, length=row_length(pairs), pairs=pairs, seed=0, keys=64)
+    tokens, labels = task.batch(0)
+    for row, wanted in zip(tokens.tolist(), labels.tolist(), strict=True):
+        asked = [row[i] for i in range(len(row)) if wanted[i] != IGNORED]
+        stated = {row[i]: row[i + 1] for i in range(len(row) - 2 * pairs - 1) if row[i] < 64}
+        assert sorted(asked) == sorted(stated)
+        assert [stated[key] for key in asked] == [w for w in wanted if w != IGNORED]
+    assert int(tokens.max()) < task.vocabulary
+
+
+def test_a_linear_memory_learns_to_bind():
+    cell = ask(train(EASY), EASY, 2)
+    assert cell.asked == 128
+    assert cell.accuracy > 0.9 > cell.guess
+
+
+def test_state_is_counted_in_numbers():
+    config = RecallConfig(
+        keys=8, most_trained=1, pairs=(1,), head_dim=16, dim=32, steps=1, tokens=64
+    )
+    result = recall(config)
+    tails = config.layers * 3 * 3 * config.head_dim  # width - 1 inputs of q, k and v
+    assert result.state == config.layers * config.head_dim**2 + tails
+    assert result.parameters == build_model(config).parameter_count
+
+
+def test_the_same_seed_is_the_same_model():
+    config = RecallConfig(
+        keys=8, most_trained=2, pairs=(2,), head_dim=8, dim=16, steps=2, tokens=64
+    )
+    one, other = train(config), train(config)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"pairs must lie in 1\.\.4, got \[8\]"):
+        RecallConfig(keys=4, pairs=(8,), most_trained=2)
+    with pytest.raises(ValueError, match="tokens >= 322"):
+        RecallConfig(tokens=100)
