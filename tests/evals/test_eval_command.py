@@ -88,8 +88,10 @@ def test_a_suite_of_a_checkpoint(tmp_path, capsys):
     TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
     text.write_text("What was said here is said again: what was said here.")
     main(
-        ["eval", "perplexity", "--checkpoint", str(model), "--paths", str(text)]
-        + ["--out", str(tmp_path / "out"), "--json"]
+        [
+            *("eval", "perplexity", "--checkpoint", str(model), "--paths", str(text)),
+            *("--out", str(tmp_path / "out"), "--json"),
+        ]
     )
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     expected = perplexity(load(model), PerplexityConfig(paths=(str(text),)))
