@@ -1,6 +1,6 @@
 """Gates that close against the paper's sigmoids: recall of bound pairs, far beyond training.
 
-    python results/recall/run.py [--runs FOLDER] [--workers 2] [--lengths 1024 ...] [--table-only]
+    python results/recall/run.py [--runs FOLDER] [--workers 2] [--model NAME ...] [--table-only]
 
 Every model has two layers of width 128 and reads key-value pairs in random noise
 (`titans.data.pairs`); it is trained on rows of at most 1,024 tokens, and asked after ever longer
@@ -173,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/recall"))
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--model", choices=models(), nargs="+", default=list(models()))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--table-only", action="store_true", help="from the finished rows")
@@ -181,7 +182,7 @@ def main() -> None:
     runs.mkdir(parents=True, exist_ok=True)
     rows = read_rows(path)
     if not options.table_only:
-        who = [{"model": name, "seed": seed} for seed in options.seeds for name in models()]
+        who = [{"model": name, "seed": seed} for seed in options.seeds for name in options.model]
         training = [{"stage": "train"} | w for w in who]
         rows = run_jobs(path, training, partial(train, runs=runs), workers=options.workers)
         for length in sorted(options.lengths):

@@ -36,22 +36,8 @@ def parsed(*arguments):
 
 def test_fields_are_options():
     assert parsed("--where", "a") == Settings(where="a")
-    given = parsed(
-        *[
-            "--where",
-            "b",
-            "--sizes",
-            "3",
-            "64K",
-            "--kind",
-            "two",
-            "--share",
-            "0.25",
-            "--no-write",
-            "--limit",
-            "7",
-        ]
-    )
+    text = "--where b --sizes 3 64K --kind two --share 0.25 --no-write --limit 7"
+    given = parsed(*text.split())
     assert given == Settings(
         where="b", sizes=(3, 65536), kind="two", share=0.25, write=False, limit=7
     )
