@@ -37,7 +37,7 @@ SECTIONS = {
     "layer-depth": ("layer --sweep depth --limit 60", "Against the depth of the memory network."),
     "layer-heads": ("layer --sweep heads --limit 60", "Against the heads, at a width of 384."),
     "model": (
-        "model --lengths 4K 32K --dim 192 --heads 3 --limit 30",
+        "model --lengths 4K 32K --dim 192 --heads 3 --limit 60",
         "Whole models with the parameters of the Transformer++; a training step is forward and "
         "backward of the loss. A memory's share is that of its layers in the step.",
     ),
