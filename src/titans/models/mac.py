@@ -27,8 +27,11 @@ class MACState(State):
 
 class MACMixer(nn.Module):
     """For a segment S^(t): h = M*_{t-1}(S W_Q), with the memory's own projections;
-    y = Attn([persistent || h || S]); M_t = M_{t-1}(y), the attention's output is what is
+    y = S + Attn([persistent || h || S]); M_t = M_{t-1}(y), the attention's output is what is
     written; o = y (x) M*(y).
+
+    With a residual connection around the attention ("in all blocks we use residual connections"):
+    else the memory's input is an average of many tokens, and it learns to read much later.
 
     Causal: position i attends to h_j and s_j with j <= i, and reads the memory as it is after
     token i, never that of the whole segment.
@@ -65,16 +68,16 @@ class MACMixer(nn.Module):
         # Split once: each slice's gradient would be a whole text of zeros.
         sizes = self.pieces(state.attention.offset, x.shape[1])
         gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
-        parts = zip(queries.split(sizes, 1), gates, *(p.split(sizes, 2) for p in qkv), strict=True)
+        tokens = zip(*(p.split(sizes, 2) for p in qkv), strict=True)
+        parts = zip(x.split(sizes, 1), queries.split(sizes, 1), gates, tokens, strict=True)
         attended, read, records = [], [], []
-        for query, opening, *tokens in parts:
+        for part, query, opening, own in parts:
             if state.attention.offset == 0:
                 state = replace(state, recalled=state.memory.rule.weights)
             h = self.memory.recall(query, opening, state.recalled)  # eq. 21
             first = (-state.attention.offset) % self.stride
-            y, attention = self.attention(
-                tokens, h[:, first :: self.stride], prefix, state.attention
-            )
+            y, attention = self.attention(own, h[:, first :: self.stride], prefix, state.attention)
+            y = part + y
             m, memory, record = self.memory.run(y, state.memory, write)  # eq. 24
             state = replace(state, memory=memory, attention=attention)
             attended.append(y)
