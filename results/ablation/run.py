@@ -62,8 +62,10 @@ MODELS: dict[str, tuple[TitansConfig, float | None]] = {
     "plus attention: MAG": (dataclasses.replace(BASE, variant="mag"), 25.70),
     "plus attention: MAL": (dataclasses.replace(BASE, variant="mal"), 25.91),
     "depth 1 (residual, norm)": (memory(depth=1), None),
-    "depth 3": (memory(depth=3), None),
-    "depth 4": (memory(depth=4), None),
+    # Deeper memories need smaller steps to train through; depth 2 with them tells the two apart.
+    "depth 2, learning rate at most 0.1": (memory(learning_rate_max=0.1), None),
+    "depth 3, learning rate at most 0.1": (memory(depth=3, learning_rate_max=0.1), None),
+    "depth 4, learning rate at most 0.1": (memory(depth=4, learning_rate_max=0.1), None),
     "linear memory, gradient of every token": (memory(**LINEAR, chunk_size=1), None),
     "sigmoid gates": (memory(gates="sigmoid", tie_forgetting=False), None),
     "gates per layer": (memory(per_layer_gates=True), None),

@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Transformer++": {"model": "transformer"},
     "Sliding attention": {"model": "sliding"},
 }
-NO_STATE_SIZE = ("transformer", "sliding")
+NO_STATE_SIZE = ("transformer", "sliding", "rwkv7")  # two heads of half the width
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from titans.evals.forecast import Example, ForecastSettings, example, fit, plot
+from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_examples
 from titans.evals.jobs import read_rows, run_jobs
 from titans.evals.report import markdown_table
 
@@ -137,7 +137,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     lines += markdown_table(header, table)
     examples = examples_of(rows)
     if examples:
-        plot(examples, HERE / "forecasts.png")
+        plot_examples(examples, HERE / "forecasts.png")
         lines += ["", "![forecasts against the truth](forecasts.png)"]
         lines += ["", f"Test window {SHOWN_WINDOW} of each file, seed 0: chosen before any run."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n")

@@ -54,6 +54,7 @@ BASE = TitansConfig(
     persistent=0,
     memory=MemoryConfig(heads=2, conv_width=8, gate_input="window", qkv_activation="none"),
 )
+PAPER_LENGTHS = (2048, 4096, 8192, 16384)
 MODELS: dict[str, Variant] = {
     "Titans LMM": "lmm",
     "Titans MAC": "mac",
@@ -215,12 +216,14 @@ def test(job: Row, runs: Path, root: Path) -> Row:
 
 
 def lost(rows: list[Row], job: Row) -> bool:
-    """Was nothing found at a quarter of the length or less? Then this length is not asked."""
+    """Was nothing found at a shorter length, of 64K or more? Then this one is not asked."""
     shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n >= 2**16 and n < job["length"]]
     return any(row is not None and row["score"] == 0 for row in shorter)
 
 
 def write_page(rows: list[Row]) -> None:
+    if not rows:
+        return
     trained = [r for r in rows if r["stage"] == "train"]
     tested = [r for r in rows if r["stage"] == "test"]
     lengths = sorted({r["length"] for r in tested})
@@ -247,12 +250,13 @@ def write_page(rows: list[Row]) -> None:
             cells = []
             for n in lengths:
                 row = find(tested, {"model": name, "kind": kind, "length": n})
-                cells.append("" if row is None else f"{100 * row['score']:.0f}")
+                cells.append("" if row is None else f"{100 * row['score']:.0f}{interval(row)}")
             if any(cells):
                 table.append((name, *cells))
                 if name in PAPER:
-                    paper = PAPER[name].split(" | ")[position].split()
-                    table.append(("the paper's", *paper, *[""] * (len(lengths) - len(paper))))
+                    values = PAPER[name].split(" | ")[position].split()
+                    paper = dict(zip(PAPER_LENGTHS, values, strict=True))
+                    table.append(("the paper's", *(paper.get(n, "") for n in lengths)))
         lines += [f"## {kind}: {titles[kind]}", ""]
         lines += [*markdown_table(("model", *(readable(n) for n in lengths)), table), ""]
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
@@ -264,7 +268,7 @@ def write_page(rows: list[Row]) -> None:
                 r["model"],
                 f"{r['parameters']:,}",
                 " ".join(f"{100 * x:.0f}" for x in r["copied"]),
-                f"{100 * r['open']:.2f} %",
+                f"{100 * r['open']:.2f} %" if r["model"].startswith("Titans") else "",
                 f"{r['train_minutes']:.0f}",
             )
             for r in trained
@@ -273,6 +277,11 @@ def write_page(rows: list[Row]) -> None:
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def interval(row: Row) -> str:
+    """The 95 % interval, where few questions were asked."""
+    return f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
 
 
 def main() -> None:

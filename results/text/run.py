@@ -17,6 +17,7 @@ import torch
 
 from titans.config import load_toml
 from titans.data.documents import read_documents
+from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import ByteTokenizer
 from titans.evals.report import machine
@@ -28,19 +29,16 @@ from titans.train.metrics import read_metrics
 HERE = Path(__file__).parent
 CONFIG = HERE.parent.parent / "configs" / "text.toml"
 VARIANTS = ("lmm", "mac", "mag", "mal")
-HELD_OUT_BOOKS = ("austen-persuasion", "chesterton-thursday", "1184-0")
 
 
 def corpora(root: Path, runs: Path) -> dict[str, tuple[Path, Path]]:
     """Training and validation shards of every corpus, prepared once."""
-    books = sorted((root / "books").glob("*.txt.gz"))
-    held_out = [b for b in books if b.name.startswith(HELD_OUT_BOOKS)]
     sources = {
         "wikitext-2": (
             [root / "text/wikitext-2/train.txt.gz"],
             [root / "text/wikitext-2/valid.txt.gz"],
         ),
-        "books": ([b for b in books if b not in held_out], held_out),
+        "books": tuple(prose_files([root / "books"], held_out=side) for side in (False, True)),
     }
     prepared = {}
     for name, parts in sources.items():
@@ -62,7 +60,8 @@ def run(name: str, variant: str, folders: tuple[Path, Path], runs: Path) -> dict
     config = load_toml(CONFIG, RunConfig, overrides)
     folder = runs / f"{name}-{variant}"
     begin = time.perf_counter()
-    train(config, folder, progress=False)
+    if not train(config, folder, progress=False).finished:
+        raise KeyboardInterrupt
     rows = [r for r in read_metrics(folder / "metrics.jsonl") if "valid_bits_per_byte" in r]
     tokens = config.train.tokens_per_batch
     record = {

@@ -72,15 +72,16 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
     """`config` as that variant, with a feed-forward (a multiple of 8) that brings the model within
     2 % of so many parameters.
 
-    The four Titans keep `config.memory`; a baseline of the rule takes its heads from there, and
-    all else of the memory from `titans.baselines`. ValueError if the mixers alone have too many
-    parameters, or none comes near.
+    The four Titans keep `config.memory`; a baseline of the rule takes its heads, its convolution
+    and what its gates see from there, and all else of the memory from `titans.baselines`.
+    ValueError if the mixers alone have too many parameters, or none comes near.
     """
     memory = config.memory
     if variant in BASELINES:
         given = dataclasses.asdict(memory)
-        kept = ("dim", "heads", "head_dim", "impl", "precision", "block_size")
-        memory = MemoryConfig(**{name: given[name] for name in kept})
+        sizes = ("dim", "heads", "head_dim", "conv_width", "gate_input")
+        forms = ("impl", "precision", "block_size")
+        memory = MemoryConfig(**{name: given[name] for name in (*sizes, *forms)})
     config = dataclasses.replace(config, variant=variant, ffn_hidden=8, memory=memory)
     least = count_parameters(config)
     step = count_parameters(dataclasses.replace(config, ffn_hidden=16)) - least

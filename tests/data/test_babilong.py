@@ -72,6 +72,19 @@ def test_training_leaves_out_what_tests_ask(folder):
     assert question.answer == "garden"  # of the file of 10,000; its first question is a test's
 
 
+def test_training_rows_do_not_answer_what_tests_ask(tmp_path):
+    """Not even as an earlier question of the story, which dense rows print with its answer."""
+    first = "1 Ann is in.\n2 Where is Ann?\tin\t1\n"
+    (tmp_path / "qa1_a_test.txt").write_text(first)
+    (tmp_path / "qa1_a_train.txt").write_text(
+        first + "3 Bob is out.\n4 Where is Bob?\tout\t3\n5 Where is Ann?\tin\t1\n"
+    )
+    bob, ann = babilong.training_questions(tmp_path, 1)
+    assert [line.text for line in bob.before] == ["Ann is in.", "Bob is out."]
+    assert [line.answer for line in ann.before] == [None, None, "out"]
+    assert bob.facts == ("Ann is in.", "Bob is out.")
+
+
 def test_task_1_is_not_task_10(folder):
     assert babi_file(folder, 1, "test").name == "qa1_a-task_test.txt"
     assert babi_file(folder, 10, "test").name == "qa10_another_test.txt"

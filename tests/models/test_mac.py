@@ -1,6 +1,7 @@
 """MAC from the paper's equations (v1 eq. 21-25), written out segment by segment."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,3 +83,10 @@ def test_mac_is_its_equations(length, stride, depth):
         outputs.append(mixer.output(mixer.combine(attended, m)))  # eq. 25
     assert_same({"y": y}, {"y": torch.cat(outputs, 1)})
     assert_same(state.memory.tensors(), past.tensors())
+
+
+def test_a_state_with_another_tail_is_refused():
+    mixer = made(1, 1)
+    state = replace(mixer.init_state(3), tail=torch.zeros(1, 1, DIM, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"tail of queries must be \(3, 3, 16\), got \(1, 1, 16\)"):
+        mixer(torch.zeros(3, 4, DIM, dtype=torch.float64), state)

@@ -114,6 +114,8 @@ def test_a_damaged_library_is_built_again(tmp_path):
     assert in_process(tmp_path, LOAD).stdout == "loaded\n"
     assert library.read_bytes()[:4] == whole[:4]
     assert len(library.read_bytes()) > 30000
+    (tmp_path / "titans" / f"{library.name}.sha256").write_bytes(b"\xff\xfe\x80")
+    assert in_process(tmp_path, LOAD).stdout == "loaded\n"
     assert sorted(p.suffix for p in (tmp_path / "titans").iterdir()) == [".sha256", ".so"]
     # What is built is found again without a compiler.
     assert in_process(tmp_path, LOAD, PATH="", CC="").stdout == "loaded\n"

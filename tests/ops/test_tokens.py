@@ -126,3 +126,33 @@ def test_other_precisions_take_torch_operations():
     assert y.dtype == torch.bfloat16
     expected = F.normalize(F.silu(x).view(1, 6, 2, 6).float(), dim=-1).bfloat16()
     assert torch.equal(y, expected)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """C is given addresses: it would read beyond them."""
+    x, tail, weight, bias = (
+        draw(3, 5, 12, seed=0),
+        *(draw(*s, seed=1) for s in [(3, 2, 12), (3, 12), (12,)]),
+    )
+    options = {"parts": 3, "heads": 2, "silu": True, "unit": 2, "impl": "native"}
+    for wrong in ([tail[:1], weight, bias], [tail[:, :1], weight, bias], [tail, weight, bias[:1]]):
+        with pytest.raises(ValueError, match="must be"):
+            mix_tokens(x, *wrong, **options)
+    for short in (x[:, :0], x[..., :11]):
+        with pytest.raises(ValueError, match="expected"):
+            mix_tokens(short, None, None, None, **options)
+    read, gain, gate = draw(2, 4, 3, 5, seed=2), draw(5, seed=3), draw(2, 4, 15, seed=4)
+    for gains, gates in ((gain[:4], gate), (gain, gate[:1])):
+        with pytest.raises(ValueError, match="must be"):
+            emit_tokens(read, gains, gates, eps=1e-5, impl="native")
+
+
+def test_tensors_without_numbers_take_torch_operations():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from titans import MemoryConfig, NeuralMemory
+
+    layer = NeuralMemory(MemoryConfig(dim=12, heads=2))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y, *_ = layer.run(torch.empty(1, 5, 12), layer.init_state(1))
+    assert y.shape == (1, 5, 12)

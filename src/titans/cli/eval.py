@@ -66,7 +66,11 @@ class SuiteParser(Parser):
                     "--tokenizer", default="bytes", help="'bytes' or a tokenizer.json"
                 )
             add_fields(self, getattr(load_suite(suite), suite.config))
-            self.add_argument("--out", type=Path, help="folder for the result as JSON and plot")
+            self.add_argument(
+                "--out",
+                type=Path,
+                help="folder for the result as JSON, and for its plot where there is one",
+            )
             add_json(self)
         return super().parse_known_args(*arguments, **named)
 

@@ -50,10 +50,23 @@ class Question(NamedTuple):
 
 
 def training_questions(folder: Path, task: int) -> list[Question]:
-    """Those of the training file, the one of 10,000 where there is one, that no test asks."""
+    """Those of the training file, the one of 10,000 where there is one, that no test asks; nor
+    does a test ask an earlier question of their stories."""
     asked = {question.identity for question in test_questions(folder, task)}
     questions = read_questions(babi_file(folder, task, "train"))
-    return [question for question in questions if question.identity not in asked]
+    return [without(question, asked) for question in questions if question.identity not in asked]
+
+
+def without(question: Question, asked: set[tuple[tuple[str, ...], str]]) -> Question:
+    """The question, its story without the questions (and answers) that are `asked`."""
+    kept: list[Line] = []
+    facts: list[str] = []
+    for line in question.before:
+        if line.answer is None:
+            facts.append(line.text)
+        if line.answer is None or (tuple(facts), line.text) not in asked:
+            kept.append(line)
+    return question._replace(before=tuple(kept))
 
 
 def test_questions(folder: Path, task: int) -> list[Question]:

@@ -298,11 +298,12 @@ class NeedleTask:
         return (self.text(before), self.text(f" {value}", STATED), self.text("." + self.gap))
 
     def fresh(self, what: str, generator: np.random.Generator, taken: set[str]) -> str:
-        text = self.draw(what, generator)
-        while text in taken:
+        for _ in range(ATTEMPTS):
             text = self.draw(what, generator)
-        taken.add(text)
-        return text
+            if text not in taken:
+                taken.add(text)
+                return text
+        raise ValueError(f"the word lists are too short: no {what} is left to draw")
 
     def draw(self, what: str, generator: np.random.Generator) -> str:
         """A key, a value or a name from this side of the split."""

@@ -55,7 +55,8 @@ class PairTask:
         return piece
 
     def stream(self, step: int, piece: int) -> Iterator[PairBatch]:
-        """The same rows, `piece` tokens at a time, in constant memory."""
+        """The same pairs and questions, `piece` tokens at a time, in constant memory; the noise
+        between them depends on `piece`."""
         generator = np.random.default_rng((self.seed, step))
         rows, pairs = self.rows, self.pairs
         keys = np.argsort(generator.random((rows, self.keys)), 1)[:, :pairs]

@@ -206,7 +206,7 @@ def example(fitted: Fitted, window: int, channels: Sequence[str]) -> Example:
     )
 
 
-def plot(examples: Sequence[Example], path: str | Path) -> None:
+def plot_examples(examples: Sequence[Example], path: str | Path) -> None:
     """Forecasts against the truth as a PNG: a row an example, a column a channel."""
     from matplotlib.figure import Figure
 

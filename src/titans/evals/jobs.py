@@ -1,8 +1,11 @@
 """A table of results that is filled job by job, over several sessions if need be."""
 
+import fcntl
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,6 +35,17 @@ def find(rows: Sequence[Row], job: Job) -> Row | None:
     return next((row for row in rows if all(row.get(k) == v for k, v in job.items())), None)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
+
+
 def run_jobs(
     path: Path, jobs: Sequence[Job], function: Callable[[Job], Row], *, workers: int = 1
 ) -> list[Row]:
@@ -47,8 +61,10 @@ def run_jobs(
     waiting = [job for job in jobs if find(rows, job) is None]
 
     def keep(job: Job, result: Row) -> None:
-        rows.append(job | result | {"date": date.today().isoformat(), "machine": machine()})
-        write_json(path, rows)
+        made = {"date": date.today().isoformat(), "machine": machine()}
+        with alone(path.parent):  # another process may have added rows of its own
+            rows[:] = [*read_rows(path), result | job | made]
+            write_json(path, rows)
         print(f"{len(rows)} rows:", *job.values(), flush=True)
 
     if workers == 1:

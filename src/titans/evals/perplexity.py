@@ -306,6 +306,11 @@ def exponential(value: float) -> float | None:
         return None
 
 
+def plot(result: PerplexityResult, path: str | Path) -> None:
+    """Bits per token by position."""
+    plot_positions({"written" if result.write else "only read": result.positions}, path)
+
+
 def plot_positions(results: Mapping[str, Sequence[PositionLoss]], path: str | Path) -> None:
     """Bits per token by position, one line a name."""
     from matplotlib.figure import Figure

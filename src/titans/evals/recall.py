@@ -60,6 +60,10 @@ class RecallConfig:
             raise ValueError(f"pairs must lie in 1..{self.keys}, got {list(self.pairs)}")
         if not 1 <= self.most_trained <= self.keys:
             raise ValueError(f"most_trained must lie in 1..{self.keys}, got {self.most_trained}")
+        if min(self.rows, self.head_dim, self.layers) < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                "expected rows, head_dim and layers of at least 1, and learning_rate > 0"
+            )
         if self.steps < 1 or self.tokens < row_length(self.most_trained):
             raise ValueError(
                 f"expected steps >= 1 and tokens >= {row_length(self.most_trained)}, "
@@ -85,7 +89,6 @@ class RecallResult:
     head_dim: int
     state: int
     parameters: int
-    train_accuracy: float
     seconds: float
     cells: tuple[PairsCell, ...]
 
@@ -104,13 +107,11 @@ def recall(config: RecallConfig) -> RecallResult:
     )
     with torch.no_grad():
         _, state = model(longest.batch(0).tokens)
-    trained = [c.accuracy for c in cells if c.pairs <= config.most_trained]
     return RecallResult(
         model=config.model,
         head_dim=config.head_dim,
         state=sum(t.numel() for t in state.tensors().values()),
         parameters=model.parameter_count,
-        train_accuracy=sum(trained) / max(len(trained), 1),
         seconds=time.perf_counter() - begin,
         cells=cells,
     )

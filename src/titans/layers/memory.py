@@ -277,6 +277,11 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Float[Tensor, "b t h k"], Tensor | None]:
         """x W_Q, to `recall` with, and the next tail."""
         inner = self.config.heads * self.config.key_dim
+        if self.conv is not None:
+            expected = (x.shape[0], self.conv.width - 1, inner)
+            got = None if tail is None else tuple(tail.shape)
+            if got != expected:
+                raise ValueError(f"the state's tail of queries must be {expected}, got {got}")
         unit = 1 if self.config.unit_norm else 0
         (q,), tail = self.project(x, self.qkv.weight[:inner], tail, unit=unit)
         return q, tail

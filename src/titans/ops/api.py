@@ -16,6 +16,7 @@ from titans.ops.native import BuildError, compiled, neural_memory_native, unsupp
 from titans.ops.networks import OBJECTIVES, MemoryNetwork, Objective
 from titans.ops.reference import neural_memory_reference
 from titans.ops.rule import Gates, MemoryOutput, RuleState
+from titans.ops.tokens import is_traced
 from titans.ops.triton import check_available, neural_memory_triton
 
 Implementation = Literal["auto", "reference", "chunked", "exact", "native", "triton"]
@@ -91,6 +92,7 @@ def neural_memory(
         per_channel=per_channel,
         device=keys.device.type,
         dtype=state.weights[0].dtype,
+        traced=is_traced([queries, keys, values, *state.weights]),
     )
 
     compute = state.weights[0].dtype
@@ -159,6 +161,7 @@ def resolve_implementation(
     per_channel: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    traced: bool = False,
 ) -> str:
     """What `impl` runs. An implementation that does not apply is refused, never replaced.
     (Only while torch.compile traces is "native" the plain closed form, which it can compile.)
@@ -171,7 +174,7 @@ def resolve_implementation(
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     exact = network.linear and chunk_size == 1 and max_surprise is None
     if impl == "auto":
-        if torch.compiler.is_compiling():  # a compiler fuses the plain forms by itself
+        if traced or torch.compiler.is_compiling():  # only the plain forms can be
             return "exact" if exact else "chunked"
         return automatic(network, exact, max_surprise, per_channel, device, dtype)
     if impl == "exact" and not exact:

@@ -6,6 +6,7 @@ compute little and move much, each a pass over all queries, keys and values.
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def unit_norm(x: Tensor) -> Tensor:
 def runs_native(impl: str, tensors: list[Tensor]) -> bool:
     """Is the compiled pass for these? Like the rule's "auto", it wants the CPU, one dtype and a
     compiler; it differentiates once."""
-    if impl not in ("auto", "native") or torch.compiler.is_compiling():
+    if impl not in ("auto", "native") or is_traced(tensors):
         return False
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.float64) or not all(
@@ -104,6 +105,13 @@ def runs_native(impl: str, tensors: list[Tensor]) -> bool:
     ):
         return False
     return is_built(dtype)
+
+
+def is_traced(tensors: Sequence[Tensor]) -> bool:
+    """Is a compiler at work, or are these no plain tensors (fake, distributed, of a transform)?
+    Then there are no numbers in memory to point at."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return torch.compiler.is_compiling() or not plain
 
 
 @functools.cache

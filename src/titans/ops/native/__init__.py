@@ -10,7 +10,7 @@ import torch
 
 from titans.ops.native.build import BuildError, library
 from titans.ops.native.scan import Call, neural_memory_native, unsupported
-from titans.ops.native.tokens import Emission, Mixing, emit_native, mix_native
+from titans.ops.native.tokens import BLOCK, MAX_WIDTH, Emission, Mixing, emit_native, mix_native
 
 __all__ = [
     "BuildError",
@@ -25,6 +25,7 @@ __all__ = [
 def compiled(dtype: torch.dtype) -> None:
     """Build what is not built yet. BuildError when that cannot be."""
     loaded = library(dtype)
+    assert (loaded.tokens_block(), loaded.tokens_width()) == (BLOCK, MAX_WIDTH)
     for name, mirror in (("call", Call), ("mixing", Mixing), ("emission", Emission)):
         size = getattr(loaded, f"{name}_size")
         size.restype = ctypes.c_int64

@@ -36,7 +36,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         if isinstance(error, BuildError):
             raise
-        raise BuildError(str(error).splitlines()[0]) from None
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise BuildError(reason[0]) from None
 
 
 def load_or_build(real: str, defines: tuple[str, ...]) -> ctypes.CDLL:
@@ -89,7 +90,8 @@ def build(command: list[str], path: Path) -> None:
 def is_whole(path: Path) -> bool:
     """Is the library there, as it was written? Loading half of one would end the process."""
     checksum = Path(f"{path}.sha256")
-    return path.exists() and checksum.exists() and checksum.read_text() == digest(path)
+    whole = path.exists() and checksum.exists()
+    return whole and checksum.read_bytes() == digest(path).encode()
 
 
 def digest(path: Path) -> str:

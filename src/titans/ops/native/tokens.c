@@ -37,6 +37,8 @@ typedef struct {
     double eps;
 } Emission;
 
+int64_t tokens_block(void) { return BLOCK; }
+int64_t tokens_width(void) { return MAX_WIDTH; }
 int64_t mixing_size(void) { return sizeof(Mixing); }
 int64_t emission_size(void) { return sizeof(Emission); }
 

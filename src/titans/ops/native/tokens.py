@@ -63,6 +63,17 @@ def mix_native(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """As `titans.ops.tokens.mix_tokens`; all tensors of one dtype."""
+    batch, length, channels = projected.shape
+    if length == 0 or channels % (parts * heads):
+        raise ValueError(
+            f"expected (B, T, C) with T >= 1 and C a multiple of {parts} parts of {heads} heads, "
+            f"got {tuple(projected.shape)}"
+        )
+    if weight is not None and tail is not None and bias is not None:
+        width = weight.shape[0]
+        check_shape("tail", tail, (batch, width - 1, channels))
+        check_shape("weight", weight, (width, channels))
+        check_shape("bias", bias, (channels,))
     x = projected if projected.stride(-1) == 1 else projected.contiguous()
     fixed = (
         [] if weight is None else [t.contiguous() for t in (tail, weight, bias) if t is not None]
@@ -72,10 +83,20 @@ def mix_native(
 
 def emit_native(read: Tensor, gain: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     """As `titans.ops.tokens.emit_tokens`; all tensors of one dtype."""
+    batch, length, heads, size = read.shape
+    check_shape("gain", gain, (size,))
+    if gate is not None:
+        check_shape("gate", gate, (batch, length, heads * size))
     read = read if read.stride(-1) == 1 else read.contiguous()
     if gate is not None and gate.stride(-1) != 1:
         gate = gate.contiguous()
     return Emit.apply(read, gain.contiguous(), gate, eps)
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """What C is told must be so."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
 
 
 class Mix(torch.autograd.Function):
