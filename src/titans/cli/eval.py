@@ -15,12 +15,14 @@ from titans.cli.parser import Parser, add_json, verb
 
 class Suite(NamedTuple):
     """module: in `titans.evals`; its function has the module's name. config: its settings.
-    reads: is it asked of a checkpoint? The others train their own models."""
+    reads: is it asked of a checkpoint? The others train their own models. tokenizer: does it
+    take one?"""
 
     module: str
     config: str
     text: str
     reads: bool
+    tokenizer: bool = True
 
 
 SUITES = {
@@ -32,7 +34,7 @@ SUITES = {
     "commonsense": Suite(
         "commonsense", "CommonsenseConfig", "multiple choice: PIQA, HellaSwag, ARC ...", True
     ),
-    "genome": Suite("genome", "GenomeConfig", "next base of a genome, by context", True),
+    "genome": Suite("genome", "GenomeConfig", "next base of a genome, by context", True, False),
     "recall": Suite("recall", "RecallConfig", "train on pairs, and ask for ever more", False),
     "dna": Suite("dna", "DNAConfig", "train and test classifiers of sequences", False),
     "forecast": Suite("forecast", "ForecastSettings", "train and test a forecaster", False),
@@ -62,6 +64,7 @@ class SuiteParser(Parser):
                 self.add_argument(
                     "--checkpoint", type=Path, required=True, help="a model file (safetensors)"
                 )
+            if suite.reads and suite.tokenizer:
                 self.add_argument(
                     "--tokenizer", default="bytes", help="'bytes' or a tokenizer.json"
                 )
@@ -89,7 +92,7 @@ def run_eval(options: argparse.Namespace) -> None:
         from titans.models.lm import load
 
         model = load(options.checkpoint)
-        extra = () if options.suite == "genome" else (load_tokenizer(options.tokenizer),)
+        extra = (load_tokenizer(options.tokenizer),) if suite.tokenizer else ()
         result = function(model, config, *extra)
     else:
         result = function(config)

@@ -6,8 +6,8 @@ that, 128 tokens for the answer included), so its haystack begins inside a sente
 user's instead of Graham's essays; depths are uniform, not one of 40; and no worked example
 stands before the variables, since our models are trained on the format.
 
-Nouns, adjectives, values and variables of tests never occur in training (`is_held_out`), and
-neither does their prose (`prose_files`).
+Nouns and adjectives of a test's keys, its values and its variables are never those of a training
+row's (`is_held_out`), and neither is its prose (`prose_files`).
 """
 
 import string

@@ -19,9 +19,7 @@ from titans.baselines import BASELINES
 from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.pairs import IGNORED, PairBatch, PairTask
 from titans.models.lm import TitansLM
-
-TEST_SEED = 2**40
-"""Tests are drawn with it, whatever the seed of the training."""
+from titans.train.batches import EVALUATION_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +209,7 @@ def ask(model: TitansLM, config: RecallConfig, pairs: int) -> PairsCell:
         rows=config.rows,
         length=row_length(pairs),
         pairs=pairs,
-        seed=TEST_SEED,
+        seed=EVALUATION_SEED,
         keys=config.keys,
     )
     tokens, labels = task.batch(0)
