@@ -20,7 +20,7 @@ from titans.evals.forecast import (
     fit,
     forecast,
     loss_of,
-    plot,
+    plot_examples,
 )
 from titans.evals.report import markdown_table, write_json
 
@@ -166,7 +166,7 @@ def test_an_example_is_the_window_it_names(seasonal: str, tmp_path: Path) -> Non
         guess = fitted.model(fitted.data.values[1:2, 1159:1207])[0].numpy()
     wanted = guess * fitted.data.std[1] + fitted.data.mean[1]
     assert shown.forecasts["lmm"]["b"] == pytest.approx(wanted, abs=1e-5)
-    plot([shown], tmp_path / "a.png")
+    plot_examples([shown], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no channel 'c'; known: a, b"):
         example(fitted, window=0, channels=["c"])
