@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/needle"))
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
@@ -303,7 +304,7 @@ def main() -> None:
             asking = [
                 {"stage": "test", "model": name, "kind": kind, "length": length}
                 for name in options.model
-                for kind in KINDS
+                for kind in options.kind
             ]
             asking = [job for job in asking if not lost(rows, job)]
             one = partial(test, runs=runs, root=root)

@@ -120,7 +120,7 @@ class MemoryConfig:
     """Gate the normalised read by silu of a linear map of the input."""
     gate_before_norm: bool = False
     """Gate first, then normalise (Mamba2)."""
-    impl: Literal["auto", "reference", "chunked", "exact", "native", "triton"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "exact", "compile", "native", "triton"] = "auto"
     """Which form of the rule runs; see `titans.ops.neural_memory`."""
     precision: Literal["float32", "bf16"] = "float32"
     """Of the factors of its matrix products; states and sums are float32 with either."""

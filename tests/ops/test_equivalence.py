@@ -264,6 +264,55 @@ def check_compiled(impl, backend):
     assert_same(merged(*gradients(case, impl, backend)), merged(*gradients(case, impl)), 1e-12)
 
 
+def check_compile(backend):
+    """impl="compile": partial chunks at both ends, shared and own gates, an anchor."""
+    from titans.ops import compiled
+
+    compiled.BACKEND = backend
+    for options in (
+        {"network": RESIDUAL, "momentum": True, "decay": "scalar"},
+        {"network": LINEAR, "momentum": False, "decay": "none"},
+    ):
+        case = build(length=11, chunk_size=4, **options)
+        expected = merged(*gradients(case, "reference"))
+        assert_same(merged(*gradients(case, "compile")), expected, 1e-10)
+
+
+def check_compile_falls_back():
+    """A compiler that fails: one warning, the plain form, the same numbers."""
+    import logging
+
+    from titans.ops import compiled
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("titans").addHandler(handler)
+    compiled.BACKEND = broken
+    case = build(network=RESIDUAL, length=11, chunk_size=4, momentum=True, decay="scalar")
+    expected = merged(*gradients(case, "chunked"))
+    assert_same(merged(*gradients(case, "compile")), expected, 1e-12)
+    (message,) = said
+    assert message.startswith("torch.compile cannot be had, the plain form runs: "), message
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_compile('aot_eager')",
+        "check_compile_falls_back()",
+        pytest.param("check_compile('inductor')", marks=pytest.mark.slow),
+    ],
+)
+def test_compile_as_an_implementation(check):
+    if "inductor" in check and shutil.which("g++") is None:
+        pytest.skip("torch.compile's inductor needs a C++ compiler")
+    alone(f"t.{check}")
+
+
 @pytest.mark.parametrize("impl", ["exact", "chunked"])
 @pytest.mark.parametrize(
     "backend",
@@ -273,16 +322,16 @@ def check_compiled(impl, backend):
     ],
 )
 def test_compiled_equals_eager(impl, backend):
-    """In a process of its own: the shape checks of this one cannot be traced."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("torch.compile's inductor needs a C++ compiler")
+    alone(f"t.check_compiled({impl!r}, {backend!r})")
+
+
+def alone(call):
+    """In a process of its own: the shape checks of this one cannot be traced."""
     here = Path(__file__).parent
     result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import test_equivalence as t; t.check_compiled({impl!r}, {backend!r})",
-        ],
+        [sys.executable, "-c", f"import test_equivalence as t; {call}"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from titans.ops.chunked import neural_memory_chunked
+from titans.ops.compiled import neural_memory_compiled
 from titans.ops.exact import neural_memory_exact
 from titans.ops.native import BuildError, compiled, neural_memory_native, unsupported
 from titans.ops.networks import OBJECTIVES, MemoryNetwork, Objective
@@ -19,7 +20,7 @@ from titans.ops.rule import Gates, MemoryOutput, RuleState
 from titans.ops.tokens import is_traced
 from titans.ops.triton import check_available, neural_memory_triton
 
-Implementation = Literal["auto", "reference", "chunked", "exact", "native", "triton"]
+Implementation = Literal["auto", "reference", "chunked", "exact", "compile", "native", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
 Precision = Literal["float32", "bf16"]
 Gate = Tensor | Sequence[Tensor]
@@ -66,8 +67,9 @@ def neural_memory(
             anchor + state.weights, and decay pulls it towards the anchor instead of zero.
         max_surprise: bound on the norm of each token's gradient, per layer; None for none.
         impl: "reference" (loop), "chunked" (any network), "exact" (linear network,
-            chunk_size 1), "native" (either of those two, compiled for the CPU), "triton" (GPU
-            kernels), or "auto": native, exact or chunked, see `resolve_implementation`.
+            chunk_size 1), "compile" (chunked, its whole chunks through torch.compile), "native"
+            (chunked or exact in C, for the CPU), "triton" (GPU kernels), or "auto": native, exact
+            or chunked, see `resolve_implementation`.
             Twice differentiable are "reference" and "exact".
         precision: "bf16" lets native and triton round the factors of matrix products to bf16
             where the processor is faster with them; sums, gates and states stay float32.
@@ -134,6 +136,7 @@ FORMS: dict[str, Callable[..., MemoryOutput]] = {
     "chunked": neural_memory_chunked,
     "exact": neural_memory_exact,
     "triton": neural_memory_triton,
+    "compile": partial(neural_memory_chunked, scan=neural_memory_compiled),
     "native": partial(neural_memory_chunked, scan=neural_memory_native),
 }
 
@@ -185,6 +188,11 @@ def resolve_implementation(
         )
     if impl == "triton":
         check_available(device)
+    if impl == "compile" and (max_surprise is not None or per_channel):
+        raise ValueError(
+            "impl='compile' needs decay per token and max_surprise None, got "
+            + ("decay per channel" if per_channel else f"max_surprise {max_surprise}")
+        )
     if impl == "native":
         reason = unsupported(network, max_surprise, per_channel, device)
         if reason is not None:
