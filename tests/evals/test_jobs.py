@@ -1,6 +1,12 @@
 """A results file is filled job by job, and nothing that is finished is lost or repeated."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +61,28 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         assert path.read_text() == content
     path.write_text(json.dumps([JOBS[0] | {"value": 0}]))
     assert run_jobs(path, JOBS[:1], twice)[0]["value"] == 0
+
+
+def sleep(job):
+    """Importable, and longer than the test."""
+    Path(job["note"]).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_a_terminated_run_leaves_no_worker_behind(tmp_path):
+    code = (
+        "import test_jobs, sys; from pathlib import Path; from titans.evals.jobs import run_jobs; "
+        f"run_jobs(Path({str(tmp_path)!r}) / 'r.json', [dict(note={str(tmp_path / 'a')!r}), "
+        f"dict(note={str(tmp_path / 'b')!r})], test_jobs.sleep, workers=2)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+    notes = [tmp_path / "a", tmp_path / "b"]
+    while not all(note.exists() and note.read_text() for note in notes):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    for note in notes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(note.read_text()), 0)

@@ -3,11 +3,13 @@
 import fcntl
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import date
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,19 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)  # and with it the lock
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within it SIGTERM is a KeyboardInterrupt: workers are not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_jobs(
     path: Path, jobs: Sequence[Job], function: Callable[[Job], Row], *, workers: int = 1
 ) -> list[Row]:
@@ -72,7 +87,8 @@ def run_jobs(
             keep(job, function(job))
         return rows
     # PyTorch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    with terminated_as_interrupted(), pool:
         running: dict[Future[Row], Job] = {}
         try:
             while waiting or running:
@@ -82,8 +98,10 @@ def run_jobs(
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     keep(running.pop(future), future.result())
-        except BaseException:
-            waiting.clear()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                for process in active_children():  # a training saves its state first
+                    process.terminate()
             for future, job in list(running.items()):
                 if future.exception() is None:
                     keep(job, future.result())
