@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,19 @@ def run(job: dict[str, Any], paths: dict[str, Path], runs: Path, threads: int) -
 
 def name_of(path: Path) -> str:
     return path.resolve().name.split(".")[0]
+
+
+def by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Every path under its name; ValueError where two share one, as GUE's mouse/0 and tf/0 do."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = name_of(path)
+        if name in named:
+            raise ValueError(
+                f"{path} and {named[name]} have one name, {name!r}: link or rename one"
+            )
+        named[name] = path.resolve()
+    return named
 
 
 def wanted(job: dict[str, Any], only: list[str] | None) -> bool:
@@ -332,8 +346,8 @@ def main() -> None:
     rows = read_rows(path)
     if not options.table_only:
         data = Path(os.environ["TITANS_DATA_DIR"]).resolve() / "dna"
-        tasks = {name_of(p): p.resolve() for p in [*(data / t for t in TASKS), *options.task]}
-        genomes = {name_of(p): p.resolve() for p in [data / GENOME, *options.genome]}
+        tasks = by_name([*(data / t for t in TASKS), *options.task])
+        genomes = by_name([data / GENOME, *options.genome])
         jobs = [
             {"part": "classification", "task": task, "model": model, "seed": seed}
             for seed in options.seeds
