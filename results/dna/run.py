@@ -162,12 +162,12 @@ def name_of(path: Path) -> str:
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every path under its name; ValueError where two share one, as GUE's mouse/0 and tf/0 do."""
+    """Every path under its name; an error where two share one, as GUE's mouse/0 and tf/0 do."""
     named: dict[str, Path] = {}
     for path in paths:
         name = name_of(path)
         if name in named:
-            raise ValueError(
+            raise SystemExit(
                 f"{path} and {named[name]} have one name, {name!r}: link or rename one"
             )
         named[name] = path.resolve()
