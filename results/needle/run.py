@@ -236,7 +236,7 @@ def write_page(rows: list[Row]) -> None:
         "(1,400 steps of 4,096 tokens), one seed. Words, values and books of the tests do not",
         "occur in training: nouns, adjectives and values by a hash, books by name. Below a model's",
         "row is the paper's, where there is one (170M to 760M parameters, Llama's tokens). Empty:",
-        "not asked, as nothing was found at a shorter length.",
+        "not asked, so far or because nothing was found at a shorter length.",
         "",
     ]
     titles = {
