@@ -78,7 +78,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "# Long-term forecasting",
         "",
         "By `TITANS_DATA_DIR=... python results/forecast/run.py`; "
-        f"{'; '.join(machines)}; {threads} thread(s) a run; {days[0]} to {days[-1]}; "
+        f"{'; '.join(machines)}; {threads} thread(s) a run; {', '.join(days)}; "
         f"{minutes:.0f} minutes of runs in all. Rows: [results.json](results.json).",
         "",
         "MSE and MAE of the test part, over every window, channel and step (no last batch is",

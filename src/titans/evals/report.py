@@ -21,9 +21,14 @@ def machine() -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Beside the target, then renamed: a reader finds the old file or the new one."""
+    """Beside the target, then renamed: a reader finds the old file or the new one. A list of
+    rows has one row a line."""
+    if isinstance(content, list):
+        text = "[\n" + ",\n".join(json.dumps(row) for row in content) + "\n]"
+    else:
+        text = json.dumps(content, indent=1)
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
 
 
