@@ -1,6 +1,7 @@
 """titans eval: the settings of a suite are its options, and its result comes whole."""
 
 import dataclasses
+import inspect
 import json
 from typing import Literal
 
@@ -67,6 +68,15 @@ def test_every_suite_describes_its_options(capsys, name):
     config = getattr(load_suite(SUITES[name]), SUITES[name].config)
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in said
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suites_plot_takes_its_result(name):
+    """--out calls it with that, after minutes of work."""
+    module = load_suite(SUITES[name])
+    if hasattr(module, "plot"):
+        first = next(iter(inspect.signature(module.plot).parameters.values()))
+        assert first.annotation is inspect.signature(getattr(module, name)).return_annotation
 
 
 def test_a_suite_of_a_checkpoint(tmp_path, capsys):

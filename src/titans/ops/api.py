@@ -177,7 +177,7 @@ def resolve_implementation(
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     exact = network.linear and chunk_size == 1 and max_surprise is None
     if impl == "auto":
-        if traced or torch.compiler.is_compiling():  # only the plain forms can be
+        if traced:  # only the plain forms can be
             return "exact" if exact else "chunked"
         return automatic(network, exact, max_surprise, per_channel, device, dtype)
     if impl == "exact" and not exact:
