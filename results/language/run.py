@@ -5,7 +5,7 @@
 Every variant has the parameters of the Transformer++ (within 2 %), the same tokens in the same
 order, and the same budget for tuning: each learning rate of RATES for TUNE_TOKENS on WikiText-2,
 the best by validation loss kept for everything after. Then every seed of every corpus is trained
-for TOKENS and tested on whole held-out documents, each read in one stream. A finished row of
+for TOKENS and tested on held-out text: in windows, and in one stream a document. A finished row of
 results.json is not repeated, and a stopped training goes on from its last checkpoint in --runs.
 
 TITANS_DATA_DIR holds `text/wikitext-2/{train,valid,test}.txt.gz` and `books/*.txt.gz`.
@@ -36,9 +36,9 @@ from titans.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 VOCABULARY = 4096
-TOKENS, TUNE_TOKENS = 2**20, 2**18
+TOKENS, TUNE_TOKENS, TEST_TOKENS = 2**19, 2**17, 2**17
 RATES = (1e-3, 2e-3, 4e-3)
-LENGTH, BATCH = 1024, 8192
+LENGTH, BATCH = 1024, 4096
 SEEDS = (0, 1)
 CORPORA = ("wikitext-2", "books")
 # One of the held-out books; the others test.
@@ -49,7 +49,7 @@ BASE = TitansConfig(
     variant="transformer",
     vocab_size=VOCABULARY,
     dim=256,
-    layers=4,
+    layers=3,
     heads=4,
     ffn_hidden=1024,
     window=128,
@@ -103,12 +103,14 @@ def prepare_corpus(root: Path, runs: Path, corpus: str) -> Path:
         tokenizer = load_tokenizer(path)
         for part in ("train", "valid"):
             prepare(read_books(files(root, corpus, part)), tokenizer, folder / part)
+        windows = []
+        for document in read_books(files(root, corpus, "test")):
+            ids = tokenizer.encode(document.text)
+            windows += [ids[n : n + LENGTH] for n in range(0, len(ids) - LENGTH, LENGTH)]
+        every = max(1, len(windows) // (TEST_TOKENS // LENGTH))
         with open(folder / "windows.jsonl", "w") as file:
-            for document in read_books(files(root, corpus, "test")):
-                ids = tokenizer.encode(document.text)
-                for begin in range(0, len(ids) - LENGTH, LENGTH):
-                    text = tokenizer.decode(ids[begin : begin + LENGTH])
-                    file.write(json.dumps({"text": text}) + "\n")
+            for ids in windows[::every]:
+                file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
         (folder / "ready").touch()
     return folder
 
@@ -139,6 +141,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
             checkpoint_every=16,
             keep_checkpoints=1,
             threads=1,
+            precision="bf16",
         ),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=max(1, steps // 10)),
     )
@@ -160,8 +163,10 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     done |= {"bits_per_byte": tested.bits_per_byte, "word_perplexity": tested.word_perplexity}
     if MODELS[name][0] == "transformer":  # it was trained on windows alone, and a stream grows
         return done
+    texts = files(root, corpus, "test")
     streams = PerplexityConfig(
-        paths=tuple(str(f) for f in files(root, corpus, "test")),
+        paths=tuple(str(f) for f in texts),
+        max_tokens=TEST_TOKENS // len(texts),
         strip_gutenberg=True,
         encoding="auto",
     )
@@ -190,8 +195,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         f"{TOKENS:,} training tokens (byte-pair encoding of {VOCABULARY:,} learned from the",
         f"training text), rows of {LENGTH:,}, batches of {BATCH:,}, by",
-        "`python results/language/run.py`. Bits per byte of held-out text in windows of",
-        f"{LENGTH:,} tokens, as in training, and of whole documents, each read in one stream (the",
+        "`python results/language/run.py`; bfloat16 autocast, memories in float32. Bits per byte",
+        f"of {TEST_TOKENS:,} tokens of held-out text, in windows of {LENGTH:,} all over it, as in",
+        "training, and as the first tokens of documents, each read in one stream (the",
         "Transformer++ has no such column: its cache grows, and it never saw longer rows); mean",
         "over seeds, and their range where there are several. Every model was",
         f"tuned alike: learning rates {', '.join(f'{r:g}' for r in RATES)} for {TUNE_TOKENS:,}",

@@ -112,6 +112,10 @@ class MemoryConfig:
     """Causal depthwise convolution after the q, k, v projections; 0 for none."""
     qkv_activation: Literal["silu", "none"] = "silu"
     """After that convolution."""
+    key_init: Literal["independent", "previous"] = "independent"
+    """How the key map and its convolution start. `previous`: as those of the queries, one token
+    behind, so that a fresh memory binds what comes next to what stood before it; models then
+    begin to recall many times sooner (docs/results.md). Open in the paper."""
     unit_norm: bool = True
     """Queries and keys have unit norm; without it only memories without feedback are stable."""
     skip: bool = False
@@ -157,6 +161,11 @@ class MemoryConfig:
             raise ValueError("memory.gate_before_norm needs output_gate = true")
         if self.conv_width < 0:
             raise ValueError(f"memory.conv_width must not be negative, got {self.conv_width}")
+        if self.key_init == "previous" and self.conv_width < 2:
+            raise ValueError(
+                "memory.key_init = 'previous' needs a convolution of at least 2 tokens, "
+                f"got conv_width {self.conv_width}"
+            )
         if not 0 < self.learning_rate_init < 1 or not 0 < self.momentum_init < 1:
             raise ValueError("memory.learning_rate_init and momentum_init must lie in (0, 1)")
         if not 0 < self.half_life_min <= self.half_life_max:

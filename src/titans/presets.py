@@ -72,8 +72,9 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
     """`config` as that variant, with a feed-forward (a multiple of 8) that brings the model within
     2 % of so many parameters.
 
-    The four Titans keep `config.memory`; a baseline of the rule takes its heads, its convolution
-    and what its gates see from there, and all else of the memory from `titans.baselines`.
+    The four Titans keep `config.memory`; a baseline of the rule takes its heads, its convolution,
+    how its keys start and what its gates see from there, and all else of the memory from
+    `titans.baselines`.
     ValueError if the mixers alone have too many parameters, or none comes near.
     """
     memory = config.memory
@@ -81,6 +82,8 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
         given = dataclasses.asdict(memory)
         sizes = ("dim", "heads", "head_dim", "conv_width", "gate_input")
         forms = ("impl", "precision", "block_size")
+        if BASELINES[variant].starts.get("conv_width") != 0:
+            sizes += ("key_init",)
         memory = MemoryConfig(**{name: given[name] for name in (*sizes, *forms)})
     config = dataclasses.replace(config, variant=variant, ffn_hidden=8, memory=memory)
     least = count_parameters(config)

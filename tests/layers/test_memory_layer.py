@@ -9,7 +9,7 @@ from cases import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans import MemoryConfig, NeuralMemory
+from titans import MemoryConfig, NeuralMemory, TitansConfig, TitansLM
 from titans.ops import neural_memory, read_memory
 
 DIM, HEADS = 12, 2
@@ -377,6 +377,7 @@ BAD_CONFIGS = {
     "depth": ({"depth": 0}, "depth must be at least 1, got 0"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
     "conv": ({"conv_width": -1}, "conv_width must not be negative, got -1"),
+    "keys": ({"conv_width": 1, "key_init": "previous"}, "a convolution of at least 2 tokens"),
     "rate init": ({"learning_rate_init": 1.0}, r"must lie in \(0, 1\)"),
     "momentum init": ({"momentum_init": 0.0}, r"must lie in \(0, 1\)"),
     "half-lives": ({"half_life_min": 9.0, "half_life_max": 8.0}, "half_life_min <= half_life_max"),
@@ -389,6 +390,18 @@ BAD_CONFIGS = {
 def test_configs_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         NeuralMemory(MemoryConfig(**options))
+
+
+@pytest.mark.parametrize("within_a_model", [False, True])
+def test_keys_may_start_as_the_queries_of_the_token_before(within_a_model):
+    memory = MemoryConfig(dim=DIM, heads=HEADS, conv_width=5, key_init="previous")
+    layer = NeuralMemory(memory).double()
+    if within_a_model:  # which initialises its linear maps itself
+        layer = TitansLM(TitansConfig(variant="lmm", dim=DIM, layers=1, memory=memory)).double()
+        layer = layer.blocks[0].mixer.memory
+    (queries, keys, values), _, _ = layer.mix(text(9), layer.conv.init_tail(2).double())
+    torch.testing.assert_close(keys[:, 1:], queries[:, :-1])
+    assert (values[:, 1:] - queries[:, :-1]).abs().max() > 0.1
 
 
 def test_non_finite_input_is_refused_before_it_is_remembered():

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 class CausalConv(nn.Module):
     """Weights of y_t = bias + sum_j w_j x_{t-width+1+j}, per channel; `titans.ops.tokens`
-    computes it."""
+    computes it.
 
-    def __init__(self, channels: int, width: int) -> None:
+    behind: how many channels, after the first as many, start as those first ones one token later.
+    """
+
+    def __init__(self, channels: int, width: int, behind: int = 0) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.behind = width, behind
         self.weight = nn.Parameter(torch.empty(width, channels))
         self.bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -20,6 +23,11 @@ class CausalConv(nn.Module):
         nn.init.uniform_(self.weight, -(self.width**-0.5), self.width**-0.5)
         with torch.no_grad():  # start near the identity: the current token dominates
             self.weight[-1] += 1.0
+            if self.behind:
+                first, second = self.weight[:, : 2 * self.behind].chunk(2, 1)
+                first[0] = 0.0  # the second ones have no tap for it
+                second[:-1] = first[1:]
+                second[-1] = 0.0
         nn.init.zeros_(self.bias)
 
     def init_tail(self, batch_size: int, channels: int | None = None) -> Float[Tensor, "b w c"]:

@@ -68,7 +68,8 @@ class NeuralMemory(nn.Module):
         )
         inner = config.heads * config.key_dim
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
-        self.conv = CausalConv(3 * inner, config.conv_width) if config.conv_width else None
+        behind = inner if config.key_init == "previous" else 0
+        self.conv = CausalConv(3 * inner, config.conv_width, behind) if config.conv_width else None
         self.gates = MemoryGates(config)
         shapes = self.network.shapes(config.key_dim, config.key_dim)
         self.initial = nn.ParameterList(  # M_0; empty where it is not learned but zero
@@ -96,6 +97,9 @@ class NeuralMemory(nn.Module):
             nn.init.normal_(self.initial[0], std=self.config.key_dim**-0.5)
         if self.skip is not None:
             nn.init.ones_(self.skip)
+        if self.config.key_init == "previous":  # the convolution puts them one token behind
+            queries, keys, _ = self.qkv.weight.detach().chunk(3)
+            keys.copy_(queries)
 
     def init_state(self, batch_size: int = 1) -> MemoryState:
         rule = RuleState.init(
