@@ -246,9 +246,9 @@ def write_page(rows: list[Row]) -> None:
         "(1,000 steps of 4,096 tokens, bfloat16 autocast), one seed. Words, values and books of",
         "the tests do not occur in training: nouns, adjectives and values by a hash, books by",
         "name. Below a model's row is the paper's, where there is one (170M to 760M parameters,",
-        "Llama's tokens). Keys start as the queries of the token before (`key_init`) in every model",
-        "that has a memory. Empty:",
-        "not asked, so far or because no more than 5 % were found at a shorter length.",
+        "Llama's tokens). Keys start as the queries of the token before (`key_init`) in every",
+        "model that has a memory. Empty: not asked, so far or because no more than 5 % were found",
+        "at a shorter length.",
         "",
     ]
     titles = {
