@@ -129,3 +129,8 @@ BASELINES: dict[str, Baseline] = {
         source="Peng et al., RWKV-7, without its residual of the first layer's values",
     ),
 }
+
+
+def has_convolution(variant: str) -> bool:
+    """Do its queries, keys and values pass a convolution, unless told otherwise?"""
+    return variant not in BASELINES or BASELINES[variant].starts.get("conv_width") != 0

@@ -10,7 +10,7 @@ Names are `VARIANT-SIZE` for our own models (small enough for one CPU) and
 
 import dataclasses
 
-from titans.baselines import BASELINES
+from titans.baselines import BASELINES, has_convolution
 from titans.config import VARIANTS, MemoryConfig, TitansConfig, Variant, unknown
 
 # layers, dim, heads. tiny and small are ours.
@@ -82,7 +82,7 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
         given = dataclasses.asdict(memory)
         sizes = ("dim", "heads", "head_dim", "conv_width", "gate_input")
         forms = ("impl", "precision", "block_size")
-        if BASELINES[variant].starts.get("conv_width") != 0:
+        if has_convolution(variant):
             sizes += ("key_init",)
         memory = MemoryConfig(**{name: given[name] for name in (*sizes, *forms)})
     config = dataclasses.replace(config, variant=variant, ffn_hidden=8, memory=memory)

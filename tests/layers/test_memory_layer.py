@@ -305,6 +305,11 @@ def test_half_lives_of_a_fresh_layer(options):
         torch.testing.assert_close(by_head, expected.double().expand_as(by_head), rtol=1e-5, atol=0)
 
 
+def test_one_head_starts_with_a_half_life_between_the_two():
+    gates = NeuralMemory(MemoryConfig(dim=8, heads=1, half_life_min=10.0, half_life_max=1e5)).gates
+    assert math.log(2.0) / float(gates.initial_forgetting()) == pytest.approx(1_000.0)
+
+
 @every_config
 def test_without_writing_the_memory_is_read_and_kept(options):
     layer = layer_of(**options)

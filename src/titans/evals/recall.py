@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from titans.baselines import BASELINES
+from titans.baselines import BASELINES, has_convolution
 from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.pairs import IGNORED, PairBatch, PairTask
 from titans.models.lm import TitansLM
@@ -34,6 +35,9 @@ class RecallConfig:
     """Of the memory network of the four Titans; 2 has a residual and a norm, and chunks of 16."""
     momentum: bool = False
     """Of the four Titans."""
+    key_init: Literal["independent", "previous"] = "previous"
+    """How keys start, in all models with a convolution; see `MemoryConfig`. With independent ones
+    most of a training goes by before anything is bound."""
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Asked for after training."""
     most_trained: int = 64
@@ -42,7 +46,7 @@ class RecallConfig:
     """Different keys, and as many values."""
     dim: int = 64
     layers: int = 2
-    steps: int = 1500
+    steps: int = 400
     """Of training."""
     tokens: int = 4096
     """Of a training step."""
@@ -123,6 +127,8 @@ def row_length(pairs: int) -> int:
 def build_model(config: RecallConfig) -> TitansLM:
     """Two layers of the mixer alone."""
     memory = MemoryConfig(heads=1, head_dim=config.head_dim)
+    if has_convolution(config.model):
+        memory = replace(memory, key_init=config.key_init)
     if config.model not in BASELINES:
         deep = config.depth > 1
         memory = replace(

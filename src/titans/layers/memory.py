@@ -356,11 +356,13 @@ class MemoryGates(nn.Module):
 
     def initial_forgetting(self) -> Tensor:
         """-log(1 - alpha) per token, (sets * heads * channels) in float64: half-lives are spread
-        over the heads, and every set and channel of a head starts alike."""
+        over the heads (one head has their geometric mean), and every set and channel of a head
+        starts alike."""
         config = self.config
-        lives = torch.logspace(
-            math.log10(config.half_life_min), math.log10(config.half_life_max), config.heads
-        )
+        low, high = math.log10(config.half_life_min), math.log10(config.half_life_max)
+        if config.heads == 1:
+            low = (low + high) / 2
+        lives = torch.logspace(low, high, config.heads)
         forget = math.log(2.0) / lives.double()
         channels = config.key_dim if config.decay == "channel" else 1
         sets = self.rates // config.heads
