@@ -80,7 +80,7 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
     memory = config.memory
     if variant in BASELINES:
         given = dataclasses.asdict(memory)
-        sizes = ("dim", "heads", "head_dim", "conv_width", "gate_input")
+        sizes: tuple[str, ...] = ("dim", "heads", "head_dim", "conv_width", "gate_input")
         forms = ("impl", "precision", "block_size")
         if has_convolution(variant):
             sizes += ("key_init",)

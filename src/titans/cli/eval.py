@@ -36,6 +36,7 @@ SUITES = {
     ),
     "genome": Suite("genome", "GenomeConfig", "next base of a genome, by context", True, False),
     "recall": Suite("recall", "RecallConfig", "train on pairs, and ask for ever more", False),
+    "ablation": Suite("ablation", "AblationConfig", "train models with one thing changed", False),
     "dna": Suite("dna", "DNAConfig", "train and test classifiers of sequences", False),
     "forecast": Suite("forecast", "ForecastSettings", "train and test a forecaster", False),
 }

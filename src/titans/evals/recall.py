@@ -46,7 +46,7 @@ class RecallConfig:
     """Different keys, and as many values."""
     dim: int = 64
     layers: int = 2
-    steps: int = 400
+    steps: int = 300
     """Of training."""
     tokens: int = 4096
     """Of a training step."""

@@ -1,0 +1,83 @@
+"""The ablation: every part changes one thing, and what is trained is what is tested."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from titans.config import to_dict
+from titans.evals.ablation import BASE, PARTS, AblationConfig, ablation, at_chunk, train_part
+from titans.evals.perplexity import PerplexityConfig, perplexity
+from titans.models.lm import TitansLM
+
+ONE_THING = {name for name in PARTS if not name.endswith("-sigmoid") and "linear" not in name}
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = "".join(f"In {n} the {n % 7}th ship came. " for n in range(400))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    return AblationConfig(
+        paths=(str(tmp_path / "train.txt"),),
+        test_paths=(str(tmp_path / "test.txt"),),
+        parts=("lmm", "linear"),
+        steps=3,
+        tokens_per_batch=1024,
+        test_tokens=500,
+        chunks=(4,),
+    )
+
+
+def changed(config):
+    def flat(values, path=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{path}{key}.")
+            else:
+                yield path + key, value
+
+    base = dict(flat(to_dict(BASE)))
+    return {key for key, value in flat(to_dict(config)) if value != base.get(key)}
+
+
+def test_a_part_changes_what_it_says_and_nothing_else():
+    assert changed(PARTS["lmm"].config) == set()
+    assert changed(PARTS["linear"].config) == {"memory.depth", "memory.residual", "memory.norm"}
+    assert changed(PARTS["mag-sigmoid"].config) == {
+        "variant",
+        "memory.gates",
+        "memory.tie_forgetting",
+    }
+    names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
+    assert names <= {1, 2}  # depth with its learning rate, gates with what ties them
+
+
+def test_every_part_can_be_built():
+    for part in PARTS.values():
+        TitansLM(part.config)
+
+
+def test_scores_are_perplexities_of_the_trained_models(config, tmp_path):
+    result = ablation(config)
+    assert [(p.part, p.seed) for p in result.parts] == [("lmm", 0), ("linear", 0)]
+    model, score = train_part(config, "lmm", 0, tmp_path / "again")
+    assert dataclasses.replace(score, train_seconds=0.0) == dataclasses.replace(
+        result.parts[0], train_seconds=0.0
+    )
+    reading = PerplexityConfig(paths=config.test_paths, max_tokens=500)
+    assert score.bits_per_byte == perplexity(model, reading).bits_per_byte
+    # The chunk is part of the function: the same weights give another number.
+    other = at_chunk(model, 4)
+    assert other.config.memory.chunk_size == 4
+    assert result.chunks[0].bits_per_byte == perplexity(other, reading).bits_per_byte
+    assert result.chunks[0].bits_per_byte != score.bits_per_byte
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor)
+
+
+def test_errors_name_what_was_expected():
+    with pytest.raises(ValueError, match="unknown part 'no-momentun'; did you mean 'no-momentum'"):
+        AblationConfig(paths=("a",), test_paths=("b",), parts=("no-momentun",))
+    with pytest.raises(ValueError, match="parts or seeds is empty"):
+        AblationConfig(paths=("a",), test_paths=("b",), seeds=())
