@@ -15,7 +15,7 @@ import argparse
 import os
 import random
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from titans.data.haystack import NOISE, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.jobs import Row, find, read_rows, run_jobs
-from titans.evals.needle import NeedleConfig, needle
+from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
@@ -38,9 +38,12 @@ from titans.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 KINDS = ("single-1", "single-2", "single-3")
+TRAINED = (*KINDS, "single-3")  # half of the rows: a uuid has 36 tokens to get right
 LENGTHS = (2048, 4096, 8192, 16384, 65536, 2**18, 2**20, 2**21, 10 * 2**20)
 VOCABULARY = 2048
 SEED = 0
+SWEEP_MODEL, SWEEP_LENGTHS = "Titans MAC", (2048, 4096, 8192, 16384)
+SWEEP_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOST = 0.05  # a model that finds no more than this is not asked at greater lengths
 
 BASE = TitansConfig(
@@ -125,18 +128,18 @@ def copying(name: str, data: DataConfig, optimizer: OptimizerConfig) -> RunConfi
         model=model_config(name),
         data=replace(data, lengths=(128,), facts_max=3, needle=replace(data.needle, dense=1.0)),
         train=TrainConfig(
-            steps=200,
+            steps=600,
             tokens_per_batch=4096,
             precision="bf16",
             write_cost=0.0,
-            eval_every=50,
+            eval_every=100,
             eval_batches=2,
             checkpoint_every=50,
             keep_checkpoints=1,
             seed=SEED,
             threads=1,
         ),
-        optimizer=replace(optimizer, learning_rate=3e-3, warmup=50, min_ratio=0.5),
+        optimizer=replace(optimizer, learning_rate=3e-3, warmup=50, min_ratio=0.3),
     )
 
 
@@ -150,13 +153,13 @@ def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path
             data,
             lengths=(128, 256, 512),
             facts_max=4,
-            stages=(200, 400, 650),
+            stages=(150, 350, 550),
             stage_lengths=((256, 512, 1024), (1024, 2048, 4096), (2048, 4096)),
             stage_facts=((1, 6), (1, 8), (1, 4)),
             stage_write_costs=(0.1, 0.5, 3.0) if own else (0.0, 0.0, 0.0),
         ),
         train=TrainConfig(
-            steps=800,
+            steps=700,
             tokens_per_batch=4096,
             precision="bf16",
             initial_model=str(start),
@@ -181,7 +184,7 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         paths=(str(root / "books"),),
         tokenizer=str(runs / "tokenizer.json"),
         text_weight=0.1,
-        needle=NeedleRows(kinds=KINDS, words=str(root / "needle"), dense=0.5),
+        needle=NeedleRows(kinds=TRAINED, words=str(root / "needle"), dense=0.5),
     )
     optimizer = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.01)
     first = train(copying(name, data, optimizer), folder / "copying", progress=False)
@@ -225,6 +228,22 @@ def test(job: Row, runs: Path, root: Path) -> Row:
     return row | {"seconds": time.perf_counter() - begin}
 
 
+def sweep(job: Row, runs: Path, root: Path) -> Row:
+    """Where in the prompt is it found? All kinds by length and depth."""
+    torch.set_num_threads(1)
+    config = NeedleConfig(
+        kinds=KINDS,
+        lengths=SWEEP_LENGTHS,
+        depths=SWEEP_DEPTHS,
+        samples=16,
+        words=str(root / "needle"),
+        paths=(str(root / "books"),),
+    )
+    tokenizer = load_tokenizer(runs / "tokenizer.json")
+    result = needle(load(weights(runs, job["model"])), config, tokenizer)
+    return {"cells": [asdict(cell) for cell in result.cells]}
+
+
 def lost(rows: list[Row], job: Row) -> bool:
     """Was hardly anything found at a shorter length? Then this one is not asked."""
     shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n < job["length"]]
@@ -243,7 +262,7 @@ def write_page(rows: list[Row]) -> None:
         "RULER's single-needle tasks, found in percent, by `python results/needle/run.py`. Models",
         f"of {trained[0]['parameters']:,} parameters (within 2 %), two layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
-        "(1,000 steps of 4,096 tokens, bfloat16 autocast), one seed. Words, values and books of",
+        "(1,300 steps of 4,096 tokens, bfloat16 autocast), one seed. Words, values and books of",
         "the tests do not occur in training: nouns, adjectives and values by a hash, books by",
         "name. Below a model's row is the paper's, where there is one (170M to 760M parameters,",
         "Llama's tokens). Keys start as the queries of the token before (`key_init`) in every",
@@ -286,6 +305,14 @@ def write_page(rows: list[Row]) -> None:
             for r in trained
         ],
     )
+    for row in rows:
+        if row["stage"] == "depths":
+            cells = tuple(NeedleCell(**cell) for cell in row["cells"])
+            config = NeedleConfig(kinds=KINDS, lengths=SWEEP_LENGTHS, depths=SWEEP_DEPTHS)
+            plot(NeedleResult(config=config, cells=cells), HERE / "depths.png")
+            lines += ["", f"## {row['model']} by depth", ""]
+            lines += ["![found, by length and depth](depths.png)", ""]
+            lines += [f"{cells[0].asked} questions a cell; 0 % is the beginning of the prompt."]
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -322,6 +349,9 @@ def main() -> None:
             one = partial(test, runs=runs, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
+        if SWEEP_MODEL in options.model:
+            depths = [{"stage": "depths", "model": SWEEP_MODEL}]
+            rows = run_jobs(path, depths, partial(sweep, runs=runs, root=root))
     write_page(rows)
 
 
