@@ -3,16 +3,20 @@ PYTHON ?= python3
 TEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-browser lint format clean
 
 demo: .venv/ready          ## read a long text, then ask for the facts hidden in it
 	$(BIN)/titans demo
 
 test: .venv/ready lint     ## lint, types, and the whole test ladder (under 12 minutes on two cores)
-	$(TEST) -m "not slow" --durations 10
+	$(TEST) -m "not slow and not browser" --durations 10
 
 test-slow: .venv/ready     ## the long stability and training tests
 	$(TEST) -m slow
+
+test-browser: .venv/ready  ## the page of titans studio in Chromium; installs it, or says why not
+	sh tests/studio/browser/install.sh $(BIN)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -rs tests/studio/browser
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.bench.report import footnote, markdown, settings_lines
+from titans.bench.serve import section
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -46,6 +47,11 @@ SECTIONS = {
         "One token after many others, truly read; the states of ours do not grow.",
     ),
     "stream": ("stream --length 2M", "Two million tokens of Python source, constant memory."),
+    "memory": (
+        "memory",
+        "A text with facts in it, read once and asked many times, against reading it again for "
+        "every question. It is a novel where `TITANS_DATA_DIR` has books, else Python source.",
+    ),
 }
 
 
@@ -128,6 +134,9 @@ def write_report(results: dict[str, dict[str, Any]], out: Path, base: Path) -> s
         if settings:
             lines = "\n".join(f"    {line}" for line in settings)
             parts.append(f"<details><summary>Exact settings</summary>\n\n{lines}\n\n</details>\n")
+    served = read(out / "serve.json")  # of benchmarks/serve.py
+    if served is not None:
+        parts.append(section(served))
     return "\n".join(parts)
 
 
@@ -144,6 +153,8 @@ def headline(results: dict[str, dict[str, Any]]) -> str:
         line = results["stream"]["rows"][0]
         read_at = f"{line['tokens_per_s_forward']:,.0f} tokens/s, {line['growth_mb']:.1f} MB grown"
         rows.append((f"stream of {line['length']:,} tokens, constant memory", read_at, "constant"))
+    if "memory" in results:
+        rows += memory_figures(results["memory"])
     lines = ["| figure | measured | target |", "|---|---|---|"]
     lines += [f"| {name} | {value} | {target} |" for name, value, target in rows]
     return "\n".join(lines) + "\n"
@@ -213,6 +224,12 @@ def decode_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         (f"decode latency at {where}", f"{latency:.3f}x", "1.05x"),
         ("state bytes there", sizes, "equal"),
     ]
+
+
+def memory_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    reading, _, from_file, _, again = result["rows"]
+    title = f"a question to a memory file instead of to {reading['length']:,} bytes read again"
+    return [(title, f"{again['seconds'] / from_file['seconds']:,.0f}x faster", "-")]
 
 
 def percent(value: float | None) -> str:

@@ -249,6 +249,33 @@ def test_bench_decode_and_stream(capsys, tmp_path) -> None:
     assert (tmp_path / "stream.png").exists()
 
 
+def test_bench_memory_and_its_report(capsys, tmp_path, monkeypatch) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    small = ("--facts", 2, "--repeats", 1, "--out", tmp_path)
+    result = bench(capsys, "memory", "--text", text, *small)
+    reading, at_hand, from_file, command, again = result["rows"]
+    assert reading["length"] == len(text.read_text())
+    assert result["settings"]["text"] == "book.txt"
+    for line in (at_hand, from_file, command, again):
+        assert line["note"] == "2 of 2 answers right", line
+    assert at_hand["seconds"] < again["seconds"]
+    result |= {"command": "titans bench memory", "seconds": 1}
+    report = script("run").write_report({"memory": result}, tmp_path, tmp_path)
+    assert "| read the text again, then ask | - |" in report
+    assert f"instead of to {reading['length']:,} bytes read again" in report
+
+    from titans.bench.memory import MemoryBench, hidden_facts
+
+    monkeypatch.delenv("TITANS_DATA_DIR", raising=False)
+    name, haystack = hidden_facts(MemoryBench(length=20000, facts=3))
+    assert name == "Python's standard library"
+    assert haystack.tokens.shape == (1, 20000)
+    stream = haystack.tokens.tobytes()
+    ends = [stream.index(fact.statement) + len(fact.statement) for fact in haystack.facts[0]]
+    assert ends == [20000 - distance for distance in haystack.distances]
+
+
 def test_the_gpu_script_runs_without_one(capsys, tmp_path, monkeypatch) -> None:
     gpu = script("gpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
@@ -276,6 +303,7 @@ BAD = [
     (("bench", "model", "--dim", "30"), "even multiple of heads"),
     (("bench", "decode", "--model", "absent.safetensors"), "absent.safetensors: no such file"),
     (("bench", "stream", "--model", "absent.safetensors"), "absent.safetensors: no such file"),
+    (("bench", "memory", "--length", "1K"), "1024 bytes are too few to hide 8 facts in"),
 ]
 if not torch.cuda.is_available():
     BAD.append((("bench", "layer", "--device", "cuda"), "device cuda is not available"))

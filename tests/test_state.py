@@ -158,6 +158,17 @@ def test_save_and_load_a_memory_and_go_on(memory, tmp_path):
     assert torch.equal(layer(x, loaded)[0], layer(x, memory)[0])
 
 
+def test_notes_are_kept_beside_the_state_and_checked_with_it(tmp_path):
+    path = tmp_path / "noted.safetensors"
+    tree().save(path, {"tokenizer": "bytes"})
+    assert titans.state.read_notes(path) == {"tokenizer": "bytes"}
+    assert bits(Tree.load(path)) == bits(tree())
+    rewrite(path, lambda metadata: metadata.update(notes='{"tokenizer": "other"}'))
+    refuse(path, "damaged memory file")
+    tree().save(path)
+    assert titans.state.read_notes(path) == {}
+
+
 def test_saved_tensors_do_not_point_into_the_file(saved):
     loaded = Tree.load(saved)
     before = bits(loaded)

@@ -257,10 +257,11 @@ class TitansConfig:
     def hash(self) -> str:
         """Names the function the model computes; a memory file carries it.
 
-        `impl`, `block_size` and `precision` are left out: they change speed and rounding only.
+        `impl`, `block_size` and `precision` are left out: they change speed and rounding only; and
+        so is `key_init`, which a trained model has behind it.
         """
         content = dataclasses.asdict(self)
-        for name in ("impl", "block_size", "precision"):
+        for name in ("impl", "block_size", "precision", "key_init"):
             del content["memory"][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

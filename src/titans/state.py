@@ -72,9 +72,10 @@ class State:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"the memory holds a non-finite number in {name}")
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, notes: dict[str, str] | None = None) -> None:
         """Write one safetensors file; the old file stays until the new one is whole.
 
+        notes: what else to keep in the file, for `read_notes`.
         Raises ValueError for a state with a non-finite number: it would be of no use.
         """
         path = Path(path)
@@ -85,8 +86,10 @@ class State:
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
             "structure": structure,
-            "sha256": digest(tensors, structure),
         }
+        if notes:
+            metadata["notes"] = json.dumps(notes)
+        metadata["sha256"] = digest(tensors, structure + metadata.get("notes", ""))
         write_safetensors(path, tensors, metadata)
 
     @classmethod
@@ -169,6 +172,15 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, metadata
 
 
+def read_notes(path: str | Path) -> dict[str, str]:
+    """What was kept in a state's file besides the state."""
+    _, metadata = read_safetensors(path)
+    try:
+        return dict(json.loads(metadata.get("notes", "{}")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged memory file ({error})") from None
+
+
 def check_header(
     path: str | Path,
     tensors: dict[str, Tensor],
@@ -188,7 +200,9 @@ def check_header(
             f"{path}: {kind} file version {metadata.get('version')!r}, "
             f"this release reads version {version}"
         )
-    if metadata.get("sha256") != digest(tensors, metadata.get(header, "")):
+    if metadata.get("sha256") != digest(
+        tensors, metadata.get(header, "") + metadata.get("notes", "")
+    ):
         raise ValueError(f"{path}: damaged {kind} file (its checksum does not match)")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from titans.config import MemoryConfig, TitansConfig
 from titans.evals.babilong import BabilongConfig, babilong, names_it, plot
-from titans.models.lm import LMOutput, TitansLM
+from titans.models.lm import HiddenOutput, TitansLM
 
 PLACES = ("kitchen", "garden", "office", "bedroom")
 
@@ -35,8 +35,9 @@ class Scripted(TitansLM):
         memory = MemoryConfig(heads=2)
         super().__init__(TitansConfig(variant="lmm", dim=16, layers=1, memory=memory))
         self.speak = speak
+        self.head = torch.nn.Identity()  # what is hidden are the logits themselves
 
-    def run(self, tokens, state=None, write=True):
+    def hidden(self, tokens, state=None, write=True):
         if state is None:
             self.texts, self.said = ["" for _ in tokens], [None for _ in tokens]
             state = self.init_state(len(tokens))
@@ -47,7 +48,7 @@ class Scripted(TitansLM):
                 self.said[row] = iter(self.speak(self.texts[row]).encode() + bytes(99))
             if self.said[row] is not None:
                 logits[row, -1, next(self.said[row])] = 1.0
-        return LMOutput(logits, state, [None])
+        return HiddenOutput(logits, state, [None])
 
 
 def last(text):

@@ -14,7 +14,7 @@ from titans.data.needle import KINDS
 from titans.evals.answers import answer, exact, wilson
 from titans.evals.needle import NeedleConfig, needle, plot, string_match
 from titans.generate import Sampling, generate
-from titans.models.lm import LMOutput, TitansLM
+from titans.models.lm import HiddenOutput, TitansLM
 
 VARIANTS = ("lmm", "mac")
 
@@ -32,8 +32,9 @@ class Scripted(TitansLM):
     def __init__(self, speak):
         super().__init__(tiny())
         self.speak = speak
+        self.head = torch.nn.Identity()  # what is hidden are the logits themselves
 
-    def run(self, tokens, state=None, write=True):
+    def hidden(self, tokens, state=None, write=True):
         if state is None:
             self.texts, self.said = ["" for _ in tokens], [None for _ in tokens]
             state = self.init_state(len(tokens))
@@ -44,7 +45,7 @@ class Scripted(TitansLM):
                 self.said[row] = iter(self.speak(self.texts[row]).encode() + bytes(200))
             if self.said[row] is not None:
                 logits[row, -1, next(self.said[row])] = 1.0
-        return LMOutput(logits, state, [None])
+        return HiddenOutput(logits, state, [None])
 
 
 def find(text):
@@ -147,8 +148,8 @@ def test_without_writing_nothing_is_remembered():
     torch.manual_seed(0)
     model = TitansLM(tiny())
     wrote = []
-    original = model.run
-    model.run = lambda tokens, state=None, write=True: (
+    original = model.hidden
+    model.hidden = lambda tokens, state=None, write=True: (
         wrote.append(write) or original(tokens, state, write)
     )
     text = np.arange(40)

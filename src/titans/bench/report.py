@@ -21,6 +21,7 @@ COLUMNS = (
     ("forward tok/s", "tokens_per_s_forward", "{:,.0f}"),
     ("train tok/s", "tokens_per_s_train", "{:,.0f}"),
     ("train s", "seconds_train", "range"),
+    ("seconds", "seconds", "{:.3g}"),
     ("runs", "repeats", "{}"),
     ("peak MB", "peak_mb", "{:,.0f}"),
     ("of peak, forward", "fraction_of_peak_forward", "percent"),

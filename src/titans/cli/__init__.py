@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from titans.cli.bench import add_bench
 from titans.cli.eval import add_eval
+from titans.cli.memory import add_memory
 from titans.cli.parser import EXIT_BAD_INPUT, INTERRUPTED, Parser, fail
+from titans.cli.serve import add_serve, add_studio
 from titans.cli.verbs import add_data, add_demo, add_generate, add_presets, add_stream, add_train
 
 
@@ -51,9 +53,12 @@ def build_parser() -> Parser:
     add_data(verbs)
     add_generate(verbs)
     add_stream(verbs)
+    add_memory(verbs)
     add_eval(verbs)
     add_presets(verbs)
     add_bench(verbs)
+    add_serve(verbs)
+    add_studio(verbs)
     return parser
 
 

@@ -48,6 +48,16 @@ def add_bench(verbs: Any) -> None:
     stream.add_argument("--marks", type=count, default=64, help="measurements on the way")
     add_bench_model(stream)
 
+    memory = verb(
+        actions, "memory", run_bench_memory, "ask a text that was read once, or read it every time"
+    )
+    memory.add_argument("--text", nargs="+", default=[], metavar="FILE", help="what is read")
+    memory.add_argument("--length", type=count, default=2**20, help="bytes at most, e.g. 1M")
+    memory.add_argument("--facts", type=count, default=8, help="hidden in the text and asked for")
+    memory.add_argument("--repeats", type=count, default=9)
+    memory.add_argument("--limit", type=count, default=120, help="seconds for each way of asking")
+    add_bench_model(memory)
+
 
 def add_contest(parser: Parser) -> None:
     parser.add_argument("--batch", type=count, default=1)
@@ -139,6 +149,21 @@ def run_bench_stream(options: argparse.Namespace) -> None:
         model=options.model, length=options.length, marks=options.marks, device=options.device
     )
     show_bench(bench_stream(bench, say), options)
+
+
+def run_bench_memory(options: argparse.Namespace) -> None:
+    from titans.bench.memory import MemoryBench, bench_memory
+
+    bench = MemoryBench(
+        model=options.model,
+        text=tuple(options.text),
+        length=options.length,
+        facts=options.facts,
+        repeats=options.repeats,
+        limit_s=float(options.limit),
+        device=options.device,
+    )
+    show_bench(bench_memory(bench, say), options)
 
 
 def show_bench(result: dict[str, Any], options: argparse.Namespace) -> None:

@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from titans.cli.parser import INTERRUPTED, add_json, count, verb
+from titans.cli.reading import (
+    add_model,
+    add_read,
+    add_sampling,
+    add_tokenizer,
+    open_memory,
+    open_model,
+    open_tokenizer,
+    read_prompt,
+    run_read,
+    sampling,
+)
 
 
 def add_demo(verbs: Any) -> None:
@@ -135,106 +147,35 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def add_generate(verbs: Any) -> None:
     parser = verb(verbs, "generate", run_generate, "continue a prompt")
-    parser.add_argument("model", type=Path, help="a model file (safetensors)")
+    add_model(parser)
     parser.add_argument("--prompt", required=True, help="text, or @FILE to read it from a file")
     parser.add_argument("--memory", type=Path, help="what was read before: a memory file")
-    parser.add_argument("--max-tokens", type=count, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--stop", nargs="*", default=[], help="texts that end the answer")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
+    add_sampling(parser)
+    add_tokenizer(parser)
     add_json(parser)
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from titans.data.tokenizers import load_tokenizer
-    from titans.generate import Sampling, generate
-    from titans.models.lm import load
-    from titans.state import ModelState
+    from titans.generate import generate
 
-    tokenizer = load_tokenizer(options.tokenizer)
-    model = load(options.model)
-    prompt = options.prompt
-    if prompt.startswith("@"):
-        prompt = read_text(Path(prompt[1:]))
+    model = open_model(options.model)
+    tokenizer = open_tokenizer(options.tokenizer, model)
     result = generate(
         model,
-        [tokenizer.encode(prompt)],
+        [tokenizer.encode(read_prompt(options.prompt))],
         options.max_tokens,
-        sampling=Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seed=options.seed,
-        ),
+        sampling=sampling(options),
         stop=[tokenizer.encode(text) for text in options.stop],
-        state=None if options.memory is None else ModelState.load(options.memory),
+        state=None if options.memory is None else open_memory(options.memory, model, tokenizer),
     )
     text = tokenizer.decode(result.tokens[0])
     print(json.dumps({"text": text, "tokens": len(result.tokens[0])}) if options.json else text)
 
 
 def add_stream(verbs: Any) -> None:
-    parser = verb(verbs, "stream", run_stream, "read texts of any length, save the memory")
-    parser.add_argument("model", type=Path, help="a model file (safetensors)")
-    parser.add_argument("texts", nargs="+", help="files or folders, read one after the other")
-    parser.add_argument("--memory", type=Path, help="continue from this memory file")
-    parser.add_argument("--save", type=Path, help="write the memory here at the end")
-    parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
+    parser = verb(verbs, "stream", run_read, "read texts of any length, save the memory")
+    add_read(parser, "--save", required=False)
     add_json(parser)
-
-
-def run_stream(options: argparse.Namespace) -> None:
-    import math
-    import time
-
-    import numpy as np
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from titans.data.documents import read_documents
-    from titans.data.tokenizers import load_tokenizer
-    from titans.generate import stream
-    from titans.models.lm import load
-    from titans.state import ModelState
-
-    if options.save is not None and options.save.is_dir():
-        raise ValueError(f"{options.save}: is a folder, expected a file to write")
-    tokenizer = load_tokenizer(options.tokenizer)
-    model = load(options.model)
-    state = None if options.memory is None else ModelState.load(options.memory)
-    source = (np.array(tokenizer.encode(d.text)) for d in read_documents(options.texts))
-    nats, tokens, begin = 0.0, 0, time.perf_counter()
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading", total=None)
-        for reading in stream(model, source, state):
-            state = reading.state
-            nats += float(reading.nll[:, 0 if tokens else 1 :].sum())
-            tokens += reading.tokens.shape[1]
-            progress.update(task, description=f"{tokens:,} tokens read")
-    assert state is not None
-    state.check_finite()
-    if options.save is not None:
-        state.save(options.save)
-    report = {
-        "tokens": tokens,
-        "bits_per_token": nats / math.log(2) / max(tokens - 1, 1),
-        "tokens_per_s": tokens / (time.perf_counter() - begin),
-        "state_bytes": state.nbytes,
-        "memory": None if options.save is None else str(options.save),
-    }
-    if options.json:
-        print(json.dumps(report))
-    else:
-        print(
-            f"{tokens:,} tokens at {report['tokens_per_s']:,.0f} tokens/s, "
-            f"{report['bits_per_token']:.3f} bits per token, state of {state.nbytes:,} bytes"
-        )
 
 
 def add_presets(verbs: Any) -> None:
@@ -261,10 +202,3 @@ def run_presets(options: argparse.Namespace) -> None:
         if config.variant in BASELINES and not options.json:
             print("# " + BASELINES[config.variant].formula)
         print(json.dumps(content) if options.json else table_to_toml(content).rstrip())
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None

@@ -8,12 +8,14 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".jsonl"})
 
+STDIN = Path("standard input")  # stands for it, itself and no equal one
 AUTO = "auto"  # an encoding: see `read_documents`
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open}
 _HUB_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -75,6 +77,47 @@ def read_documents(
                 yield document
         if empty:
             raise ValueError(f"{path}: no text in it")
+
+
+class Block(NamedTuple):
+    """A part of a document. last: does the document end with it?"""
+
+    text: str
+    last: bool
+
+
+def read_blocks(
+    paths: Iterable[str | Path], encoding: str = "utf-8-sig", size: int = 2**20
+) -> Iterator[Block]:
+    """The documents of `read_documents`, of any size: as blocks of at most `size` characters.
+
+    The path "-" is standard input, as plain text. One block is in memory at a time, and a line of
+    a JSONL file. Raises ValueError as `read_documents` does.
+    """
+    found = [(path, [STDIN] if str(path) == "-" else _files(Path(path))) for path in paths]
+    for path, files in found:
+        empty = True
+        for file in files:
+            for block in _file_blocks(file, encoding, size):
+                empty = False
+                yield block
+        if empty:
+            raise ValueError(f"{path}: no text in it")
+
+
+def _file_blocks(path: Path, encoding: str, size: int) -> Iterator[Block]:
+    if _kind(path) == ".jsonl":
+        for document in _read_file(path, "text", encoding):
+            yield Block(document.text, True)
+        return
+    with open_text(path, encoding) as stream:
+        text = stream.read(size)
+        while text:
+            if "\0" in text:
+                raise ValueError(f"{path}: expected text, got binary data (it has zero bytes)")
+            following = stream.read(size)
+            yield Block(text, not following)
+            text = following
 
 
 def hub_documents(
@@ -180,9 +223,12 @@ def _is_utf8(path: Path) -> bool:
 def open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
     """Opens a plain or compressed file; whatever goes wrong in reading it names the file."""
     opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
+    source: Path | int = path
+    if path is STDIN:
+        opener, source = partial(open, closefd=False), 0
     try:
         # newline="\n" leaves "\r\n" as it is, and keeps a stray "\r" from splitting a JSON line.
-        with opener(path, "rt", encoding=encoding, newline="\n") as stream:
+        with opener(source, "rt", encoding=encoding, newline="\n") as stream:
             yield stream
     except UnicodeDecodeError as error:
         codec = "UTF-8" if encoding == "utf-8-sig" else encoding

@@ -1,6 +1,8 @@
 """Text to token ids and back: raw UTF-8 bytes, or a byte-pair encoding from a `tokenizer.json`."""
 
-from collections.abc import Iterable
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,6 +10,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 END_OF_TEXT = "<|endoftext|>"
+_WHOLE_LINES = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 
 
 @runtime_checkable
@@ -77,6 +80,11 @@ class BPETokenizer:
         # Not the number of entries: a vocabulary may have gaps.
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self.end_of_document: int = end_of_document
+
+    @property
+    def rules(self) -> str:
+        """Vocabulary, merges and all that surrounds them, as JSON."""
+        return self._tokenizer.to_str()
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BPETokenizer":
@@ -163,6 +171,37 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tok
     document[:-1] = ids
     document[-1] = tokenizer.end_of_document
     return document
+
+
+def encode_blocks(
+    tokenizer: Tokenizer, blocks: Iterable[tuple[str, bool]]
+) -> Iterator[Integer[np.ndarray, "tokens"]]:
+    """The ids of texts that come in blocks: (some of a text, does the text end with it?).
+
+    Bytes may be cut anywhere. For other tokenizers a block is cut after its last line end that
+    stands between two visible characters, where no usual pre-tokenizer has a word, and the rest
+    waits for the next block.
+    """
+    rest = ""
+    for text, last in blocks:
+        if isinstance(tokenizer, ByteTokenizer):
+            yield tokenizer.encode_array(text)
+            continue
+        searched = max(len(rest) - 2, 0)
+        text, rest = rest + text, ""
+        if not last:
+            lines = _WHOLE_LINES.match(text, searched)
+            cut = lines.end() if lines else 0
+            text, rest = text[:cut], text[cut:]
+        if text:
+            yield np.array(tokenizer.encode(text), dtype=np.int64)
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """Names what the ids mean: "bytes", or a hash of the vocabulary and its rules."""
+    if isinstance(tokenizer, BPETokenizer):
+        return f"sha256:{hashlib.sha256(tokenizer.rules.encode()).hexdigest()[:16]}"
+    return tokenizer.name
 
 
 def _library() -> Any:

@@ -1,14 +1,15 @@
 """Questions at the end of long texts: read in constant memory, answered greedily, counted."""
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from titans.data.haystack import Sample, blocks
-from titans.generate import PIECE, stream
+from titans.generate import PIECE, prefill
 from titans.models.lm import TitansLM
 
 
@@ -21,12 +22,17 @@ def answer(
     Prompts of one length are read side by side, so that their number bounds the memory, and not
     their length. write=False: memories are only read.
     """
+    device = next(model.parameters()).device
     given = np.empty((len(samples), count), dtype=np.int64)
     for length in sorted({sample.length for sample in samples}):
         rows = [i for i, sample in enumerate(samples) if sample.length == length]
         text = side_by_side([samples[i] for i in rows])
-        (reading,) = deque(stream(model, text, write=write), maxlen=1)
-        state, token = reading.state, reading.logits.argmax(-1)
+        logits, state = None, None
+        for piece in text:
+            logits, state = prefill(model, piece.to(device), state, write)
+        if logits is None:
+            raise ValueError("a prompt is empty: expected at least one token")
+        token = logits.argmax(-1)
         for place in range(count):
             given[rows, place] = token.cpu().numpy()
             if place < count - 1:
@@ -35,10 +41,10 @@ def answer(
     return given
 
 
-def side_by_side(samples: Sequence[Sample]) -> Iterator[np.ndarray]:
-    """Prompts of one length -> (samples, piece) blocks of tokens."""
+def side_by_side(samples: Sequence[Sample]) -> Iterator[Int[Tensor, "samples piece"]]:
+    """Prompts of one length, so many tokens of each at a time."""
     for rows in zip(*(blocks(sample.pieces(), PIECE) for sample in samples), strict=True):
-        yield np.stack(rows)
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def exact(given: np.ndarray, sample: Sample) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from titans.state import State
@@ -22,14 +22,15 @@ from titans.state import State
 class WindowState(State):
     """The last window - 1 keys and values (zeros before the text began) and the prefix's.
 
-    keys, values, prefix_keys, prefix_values: (B, H, tokens, D). position: tokens read.
+    keys, values, prefix_keys, prefix_values: (B, H, tokens, D). position: tokens read; integers
+    (B,) where the rows of a batch have read differently many.
     """
 
     keys: Tensor
     values: Tensor
     prefix_keys: Tensor
     prefix_values: Tensor
-    position: int
+    position: int | Tensor
 
 
 class SlidingWindowAttention(nn.Module):
@@ -64,7 +65,9 @@ class SlidingWindowAttention(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], WindowState]:
         q, k, v = self.project(x)
         length, tail = x.shape[1], self.window - 1
-        positions = torch.arange(state.position, state.position + length, device=x.device)
+        begin = state.position
+        begin = begin[:, None, None] if isinstance(begin, Tensor) else begin
+        positions = begin + torch.arange(length, device=x.device)
         rotated, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
         k, v = (
             torch.cat([state.keys.to(k.dtype), k], 2),
@@ -95,7 +98,9 @@ class SlidingWindowAttention(nn.Module):
         k, v = (
             rearrange(x.unfold(2, tail + block, block), "b h n d t -> b n h t d") for x in (k, v)
         )
-        mask = window_mask(blocks, block, self.window, state.position, q.device)
+        begin = state.position
+        begin = begin[:, None] if isinstance(begin, Tensor) else begin
+        mask = window_mask(blocks, block, self.window, begin, q.device)
         y = attend_with_prefix(q, rotated, k, v, state.prefix_keys, state.prefix_values, mask)
         return rearrange(y, "b n h t d -> b h (n t) d")[:, :, :length]
 
@@ -223,9 +228,13 @@ def attend_with_prefix(
 
 
 def window_mask(
-    blocks: int, block: int, window: int, position: int, device: torch.device
-) -> Bool[Tensor, "n 1 t s"]:
-    """mask[n, 0, t, s]: may query t of block n see key s of its slice?
+    blocks: int,
+    block: int,
+    window: int,
+    position: int | Int[Tensor, "b 1"],
+    device: torch.device,
+) -> Bool[Tensor, "*b n 1 t s"]:
+    """mask[..., n, 0, t, s]: may query t of block n see key s of its slice?
 
     The slice of block n begins window - 1 tokens before the block; keys before the text
     began (absolute position below 0) are never seen.
@@ -235,15 +244,15 @@ def window_mask(
     distance = t[:, None] + window - 1 - s[None, :]
     seen = (distance >= 0) & (distance < window)
     begins = position - (window - 1) + block * torch.arange(blocks, device=device)
-    exists = begins[:, None] + s[None, :] >= 0
-    return (seen[None] & exists[:, None])[:, None]
+    exists = begins[..., None] + s >= 0
+    return (seen & exists[..., None, :]).unsqueeze(-3)
 
 
 def rotate(x: Float[Tensor, "*b t d"], positions: Tensor, base: float) -> Float[Tensor, "*b t d"]:
     """Rotary position embedding. Angles in float64: position 10 million still has all digits."""
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = positions.double()[:, None] * frequencies
+    angles = positions.double()[..., None] * frequencies
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

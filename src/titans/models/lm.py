@@ -148,19 +148,30 @@ class TitansLM(nn.Module):
     ) -> HiddenOutput:
         """`run` without the head: its normalised input instead of logits."""
         self.check_tokens(tokens)
+        return self.read(self.embedding(tokens), state, write)
+
+    def read(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: ModelState | None = None,
+        write: bool = True,
+        inputs: list[Tensor] | None = None,
+    ) -> HiddenOutput:
+        """`hidden` of embeddings instead of tokens; `inputs` collects what every block is given."""
         if state is None:
-            state = self.init_state(tokens.shape[0])
-        self.check_state(state, tokens.shape[0])
-        x = self.embedding(tokens)
+            state = self.init_state(x.shape[0])
+        self.check_state(state, x.shape[0])
+        position = state.position + x.shape[1]
         after, records = [], []
         for block, past in zip(self.blocks, state.blocks, strict=True):
+            if inputs is not None:
+                inputs.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, new, record = checkpoint(block, x, past, write, use_reentrant=False)
             else:
                 x, new, record = block(x, past, write)
             after.append(new)
             records.append(record)
-        position = state.position + tokens.shape[1]
         new_state = ModelState(
             blocks=tuple(after), position=position, config_hash=state.config_hash
         )

@@ -1,0 +1,192 @@
+"""What the verbs that read texts and ask models share."""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans.cli.parser import Parser, count
+
+if TYPE_CHECKING:
+    from titans.data.tokenizers import Tokenizer
+    from titans.generate import Sampling
+    from titans.models.lm import TitansLM
+    from titans.state import ModelState
+
+DEMO = "demo"
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument("model", help="a model file (safetensors), or 'demo' for the packaged one")
+
+
+def add_tokenizer(parser: Parser) -> None:
+    parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
+
+
+def add_sampling(parser: Parser) -> None:
+    parser.add_argument("--max-tokens", type=count, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--stop", nargs="*", default=[], help="texts that end the answer")
+    parser.add_argument("--seed", type=int)
+
+
+def sampling(options: argparse.Namespace) -> "Sampling":
+    from titans.generate import Sampling
+
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+    )
+
+
+def open_model(name: str) -> "TitansLM":
+    """The model in a file, or the packaged one under its name."""
+    from titans.demo import asset
+    from titans.models.lm import load
+
+    return load(asset("demo.safetensors") if name == DEMO else name)
+
+
+def open_tokenizer(name: str, model: "TitansLM") -> "Tokenizer":
+    """A tokenizer whose ids the model knows."""
+    from titans.data.tokenizers import ByteTokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    known = model.config.vocab_size
+    if not isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size > known:
+        raise ValueError(
+            f"tokenizer {name} has {tokenizer.vocab_size} ids, the model's vocabulary is {known}"
+        )
+    return tokenizer
+
+
+def open_memory(path: Path, model: "TitansLM", tokenizer: "Tokenizer") -> "ModelState":
+    """A memory of this model, read with this tokenizer as far as the file says."""
+    from titans.data.tokenizers import tokenizer_identity
+    from titans.state import ModelState, read_notes
+
+    state = ModelState.load(path)
+    model.check_state(state, rows(state))
+    given = tokenizer_identity(tokenizer)
+    noted = read_notes(path).get("tokenizer", given)
+    if noted != given:
+        raise ValueError(f"{path}: was read with the tokenizer {noted}, this one is {given}")
+    return state
+
+
+def rows(state: "ModelState") -> int:
+    """Texts that were read side by side."""
+    from titans.inspect.weights import batch_size
+
+    return batch_size(state)
+
+
+def save_memory(state: "ModelState", path: Path, tokenizer: "Tokenizer") -> None:
+    """Write a memory whole or not at all; it notes what its tokens were."""
+    from titans.data.tokenizers import tokenizer_identity
+
+    state.save(path, {"tokenizer": tokenizer_identity(tokenizer)})
+
+
+def check_target(path: Path) -> None:
+    """ValueError, before the work, where a file could not be written."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: cannot be written, {folder} is no folder to write to")
+
+
+def read_texts(
+    model: "TitansLM",
+    tokenizer: "Tokenizer",
+    texts: Iterable[str | Path],
+    state: "ModelState | None",
+) -> tuple["ModelState", dict[str, Any]]:
+    """Read files, folders or standard input ("-") in one stream and in constant memory.
+
+    Returns the state, and a report: tokens read now and in all, bits per token, speed, bytes.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from titans.data.documents import read_blocks
+    from titans.data.tokenizers import encode_blocks
+    from titans.generate import stream
+
+    nats, tokens, begin = 0.0, 0, time.perf_counter()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading", total=None)
+        for reading in stream(model, encode_blocks(tokenizer, read_blocks(texts)), state):
+            state = reading.state
+            nats += float(reading.nll[:, 0 if tokens else 1 :].sum())
+            tokens += reading.tokens.shape[1]
+            progress.update(task, description=f"{tokens:,} tokens read")
+    assert state is not None
+    state.check_finite()
+    seconds = time.perf_counter() - begin
+    return state, {
+        "tokens": tokens,
+        "tokens_read": state.position,
+        "bits_per_token": nats / math.log(2) / max(tokens - 1, 1),
+        "tokens_per_s": tokens / seconds,
+        "state_bytes": state.nbytes,
+    }
+
+
+def add_read(parser: Parser, *output: str, required: bool) -> None:
+    """The arguments of `run_read`; `output` are the names of the option for the memory's file."""
+    add_model(parser)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="files, folders, or - for stdin")
+    parser.add_argument("--memory", type=Path, help="continue from this memory file")
+    parser.add_argument(
+        *output, dest="output", type=Path, required=required, help="write the memory here"
+    )
+    add_tokenizer(parser)
+
+
+def run_read(options: argparse.Namespace) -> None:
+    """Read texts, after a memory or from the beginning, and save what is remembered."""
+    if options.output is not None:
+        check_target(options.output)
+    model = open_model(options.model)
+    tokenizer = open_tokenizer(options.tokenizer, model)
+    state = None if options.memory is None else open_memory(options.memory, model, tokenizer)
+    state, report = read_texts(model, tokenizer, options.texts, state)
+    if options.output is not None:
+        save_memory(state, options.output, tokenizer)
+    report["memory"] = None if options.output is None else str(options.output)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print(reading_line(report))
+
+
+def reading_line(report: dict[str, Any]) -> str:
+    return (
+        f"{report['tokens']:,} tokens at {report['tokens_per_s']:,.0f} tokens/s, "
+        f"{report['bits_per_token']:.3f} bits per token, state of {report['state_bytes']:,} bytes"
+    )
+
+
+def read_prompt(text: str) -> str:
+    """A prompt as given, or the content of FILE for @FILE."""
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:])
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None

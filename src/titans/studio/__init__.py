@@ -1,0 +1,1 @@
+"""`titans studio`: a page to see the memory at work, on top of `titans.serve`."""

@@ -1,0 +1,119 @@
+// The server's HTTP interface. Every failure is an Error whose message can be shown as it is.
+
+const KEY = "titans-token";
+const LONG = 20000; // characters from which a text is read in larger pieces
+
+/** A token given as ?token=... is kept for this tab and taken out of the address. */
+function token() {
+  const address = new URL(location.href);
+  const given = address.searchParams.get("token");
+  if (given) {
+    sessionStorage.setItem(KEY, given);
+    address.searchParams.delete("token");
+    history.replaceState(null, "", address);
+  }
+  return sessionStorage.getItem(KEY);
+}
+
+async function request(path, { method = "GET", headers = {}, body, signal } = {}) {
+  const secret = token();
+  if (secret) headers = { ...headers, Authorization: `Bearer ${secret}` };
+  let answer;
+  try {
+    answer = await fetch(path, { method, headers, body, signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is titans studio still running?", { cause: error });
+  }
+  if (!answer.ok) throw await failure(answer);
+  return answer;
+}
+
+async function failure(answer) {
+  let message = `The server answered ${answer.status}.`;
+  try {
+    message = (await answer.json()).error.message;
+  } catch {
+    // Not JSON: the status says all there is.
+  }
+  return Object.assign(new Error(message), { status: answer.status });
+}
+
+const json = async (path, options) => (await request(path, options)).json();
+
+const post = (path, content, options = {}) =>
+  json(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(content),
+    ...options,
+  });
+
+/** The server's events, one {event, data} after the other. */
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  while (true) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) {
+      let event = "message";
+      const data = [];
+      for (const line of block.split(/\r?\n/)) {
+        if (line.startsWith("event:")) event = line.slice(6).trim();
+        else if (line.startsWith("data:")) data.push(line.slice(5));
+      }
+      if (data.length === 0) continue;
+      const content = JSON.parse(data.join("\n"));
+      if (event === "error") throw new Error((content.error ?? content).message);
+      yield { event, data: content };
+    }
+  }
+}
+
+const at = (id, rest = "") => `/v1/sessions/${encodeURIComponent(id)}${rest}`;
+const studio = (id, rest) => `/studio/sessions/${encodeURIComponent(id)}/${rest}`;
+
+export const api = {
+  info: () => json("/studio/info"),
+  texts: async () => (await json("/studio/texts")).texts,
+
+  sessions: async () => (await json("/v1/sessions")).sessions,
+  session: (id) => json(at(id)),
+  create: (content) => post("/v1/sessions", content),
+  rename: (id, name) => post(at(id), { name }, { method: "PATCH" }),
+  remove: (id) => request(at(id), { method: "DELETE" }),
+  reset: (id) => post(at(id, "/reset"), {}),
+  ask: (id, content) => post(at(id, "/ask"), content),
+  download: async (id) => (await request(at(id, "/memory"))).blob(),
+  upload: (file, name) =>
+    json(`/v1/sessions?name=${encodeURIComponent(name)}`, {
+      method: "POST",
+      headers: { "Content-Type": "application/octet-stream" },
+      body: file,
+    }),
+
+  /** Read a text; yields pieces as the memory saw them, and the session at the end. */
+  async *read(id, text, signal) {
+    const piece = text.length > LONG ? 256 : 64; // tokens
+    const answer = await request(at(id, `/read?piece=${piece}`), {
+      method: "POST",
+      headers: { "Content-Type": "text/plain; charset=utf-8", Accept: "text/event-stream" },
+      body: text,
+      signal,
+    });
+    yield* events(answer);
+  },
+  /** What a memory has read so far, as pieces. */
+  async *history(id, signal) {
+    yield* events(await request(studio(id, "history"), { signal }));
+  },
+
+  compareAsk: (id, content, signal) => post(studio(id, "compare-ask"), content, { signal }),
+  probe: (id, content, signal) => post(studio(id, "probe"), content, { signal }),
+  erase: (id, content) => post(studio(id, "erase"), content),
+  compare: (id, other) => json(studio(id, `compare?with=${encodeURIComponent(other)}`)),
+  explain: (content, signal) => post("/studio/explain", content, { signal }),
+};

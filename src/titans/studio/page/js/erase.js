@@ -1,0 +1,210 @@
+// Forgetting a passage: everything is read again without it, and the questions are asked again.
+
+import { byId, h, number, plural } from "./dom.js";
+import { api, studio } from "./studio.js";
+
+export class ErasePanel {
+  /** reload(): show what the memory has read now. */
+  constructor(pane, reload) {
+    this.pane = pane;
+    this.reload = reload;
+    this.body = byId("erase-body");
+    this.result = null;
+    pane.addEventListener("cursor", () => this.update());
+    pane.addEventListener("erase", () => this.erase());
+    for (const name of ["session-changed", "busy"])
+      studio.addEventListener(name, () => this.update());
+    studio.addEventListener("session", () => {
+      this.result = null;
+      this.update();
+    });
+  }
+
+  range() {
+    return this.pane.selection();
+  }
+
+  update() {
+    const range = this.range();
+    const facts = studio.busy ? [] : studio.log.facts();
+    const help = h(
+      "p",
+      { class: "help" },
+      "The memory reads everything again without a passage, or with another in its place: as if it had never stood in the text.",
+    );
+    const parts = [help];
+    if (facts.length) {
+      parts.push(
+        h(
+          "div",
+          { class: "suggestions", role: "group", "aria-label": "Passages to select" },
+          facts.map((fact) => this.suggestion(fact)),
+        ),
+      );
+    }
+    if (range) {
+      parts.push(
+        h(
+          "div",
+          { class: "quote", tabindex: "0", "aria-label": "Selected passage" },
+          studio.log.slice(...range),
+        ),
+        h(
+          "label",
+          { class: "field" },
+          h("span", {}, "Read instead (empty: nothing)"),
+          h("input", {
+            type: "text",
+            id: "instead",
+            class: "question",
+            autocomplete: "off",
+            spellcheck: "false",
+          }),
+        ),
+        h(
+          "label",
+          { class: "check" },
+          h("input", { type: "checkbox", id: "keep", checked: true }),
+          "Keep the memory as it is now, as a fork",
+        ),
+        h(
+          "div",
+          { class: "row" },
+          h("span", { class: "help" }, plural(range[1] - range[0], "token")),
+          h(
+            "button",
+            {
+              class: "primary",
+              type: "button",
+              id: "erase-button",
+              disabled: studio.busy,
+              onclick: () => this.erase(),
+            },
+            "Erase and read again",
+          ),
+        ),
+      );
+    } else if (studio.log.length) {
+      parts.push(
+        h(
+          "p",
+          { class: "empty" },
+          facts.length
+            ? "Choose a note above, or select a passage in the text."
+            : "Select a passage in the text.",
+        ),
+      );
+    }
+    if (this.result) parts.push(this.result);
+    this.body.replaceChildren(...parts);
+  }
+
+  suggestion(fact) {
+    const select = () => {
+      const { log } = studio;
+      this.pane.select(log.tokenAt(fact.offset), log.tokenAt(fact.offset + fact.size - 1) + 1);
+    };
+    return h(
+      "button",
+      { class: "suggestion", type: "button", onclick: select },
+      `«${fact.name}: ${fact.value}»`,
+    );
+  }
+
+  async erase() {
+    const range = this.range();
+    if (!range || studio.busy) return;
+    const [keep, instead] = [byId("keep").checked, byId("instead").value];
+    const { session } = studio;
+    const questions = studio.log.facts().map((fact) => ({
+      ...fact,
+      prompt: ` «${fact.name}: `,
+      edited: new RegExp(`«${fact.name}: (\\w+)»`).exec(instead)?.[1],
+    }));
+    this.result = null;
+    this.body.replaceChildren(
+      h(
+        "p",
+        { class: "busy" },
+        `Reading everything again ${instead ? "as edited" : "without the passage"} …`,
+      ),
+    );
+    await studio.attempt(async () => {
+      if (keep) await api.create({ fork: session.id, name: `${session.name}, before erasing` });
+      const result = await api.erase(session.id, {
+        start: range[0] + studio.log.skipped,
+        stop: range[1] + studio.log.skipped,
+        instead,
+        questions: questions.map((fact) => fact.prompt),
+      });
+      this.result = report(result, questions);
+      await this.reload(range[0]);
+    });
+    this.update();
+    byId("erase-result")?.focus();
+  }
+}
+
+/** What changed: the weights, and the answers. */
+function report(result, questions) {
+  const change = result.distance.flat();
+  const size = result.moved.flat();
+  const largest = change.indexOf(Math.max(...change));
+  const rows = questions.map((fact, i) => {
+    const [before, after] = [result.answers[i].before, result.answers[i].after];
+    const same = before === after;
+    return h(
+      "tr",
+      {},
+      h("th", { scope: "row", class: "mono" }, `«${fact.name}`),
+      h("td", { class: "n mono" }, before),
+      h("td", { class: "n mono" }, after || "nothing"),
+      h(
+        "td",
+        { class: `n ${same ? "kept" : "gone"}` },
+        same ? "kept" : after === fact.edited ? "edited" : "gone",
+      ),
+    );
+  });
+  const [memory, head] = place(result.distance, largest);
+  return h(
+    "div",
+    { id: "erase-result", tabindex: "-1", class: "column" },
+    h(
+      "p",
+      {},
+      h(
+        "b",
+        {},
+        `${plural(result.erased, "token")} erased${result.inserted ? `, ${result.inserted} read instead` : ""}.`,
+      ),
+      ` The weights differ from before by ${number(change[largest])} in layer ${memory + 1}, head ${head + 1}, where they had moved ${number(size[largest])}.`,
+    ),
+    rows.length
+      ? h(
+          "table",
+          {},
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              h("th", { scope: "col" }, "Asked for"),
+              h("th", { scope: "col", class: "n" }, "before"),
+              h("th", { scope: "col", class: "n" }, "after"),
+              h("td", {}),
+            ),
+          ),
+          h("tbody", {}, rows),
+        )
+      : null,
+  );
+}
+
+/** Memory and head of the n-th number of a list of lists. */
+function place(lists, n) {
+  let memory = 0;
+  while (n >= lists[memory].length) n -= lists[memory++].length;
+  return [memory, n];
+}

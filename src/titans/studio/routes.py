@@ -1,0 +1,233 @@
+"""The page's own routes, beside those of `titans.serve`: what it shows of a memory, and how."""
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from titans.generate import Sampling
+from titans.inspect import distance, replay
+from titans.models.lm import TitansLM
+from titans.serve.answering import Ask
+from titans.serve.body import Fields, json_object
+from titans.serve.errors import JSON, ApiError
+from titans.serve.events import Emit, event, respond
+from titans.serve.reading import OBSERVED_PIECE, in_pieces, piece_size, plain, to_json
+from titans.serve.sessions import check_prompt, describe_session, store_of, take_ask
+from titans.serve.store import Session
+from titans.serve.text import Decoder
+from titans.state import ModelState
+from titans.studio import views
+from titans.studio.texts import built_in_texts
+
+PAGE = Path(str(files("titans") / "studio" / "page"))
+SHOWN = 2**17  # tokens of a memory's past that the page shows again
+EXPLAINED_BEFORE, EXPLAINED_AFTER = 12, 4  # tokens around the one that is explained
+MOST_QUESTIONS = 32
+UNSEEN_PIECE = 2048
+
+
+async def page(request: Request) -> Response:
+    return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+async def info(request: Request) -> Response:
+    store = store_of(request)
+    return JSON(
+        {
+            "models": [views.describe_model(name, model) for name, model in store.models.items()],
+            "attention": request.app.state.attention is not None,
+        }
+    )
+
+
+@cache
+def texts() -> list[dict[str, object]]:
+    return [text.as_json() for text in built_in_texts()]
+
+
+async def list_texts(request: Request) -> Response:
+    return JSON({"texts": texts()})
+
+
+async def history(request: Request) -> Response:
+    """What a memory has read, as events like those of reading it; long pasts from their end.
+
+    `done` also has `skipped`: the tokens of its log before the first that was shown.
+    """
+    store = store_of(request)
+    async with store.hold(request.path_params["id"]) as session:  # what is being read counts
+        model = store.model_of(session)
+        tokens = np.array(session.tokens(), dtype=np.int64)
+        origin, described = session.origin(), describe_session(session)
+
+    async def produce(emit: Emit) -> None:
+        state = model.init_state(1) if origin is None else origin
+        skipped = max(0, len(tokens) - SHOWN)
+        logits, decoder = None, Decoder(store.tokenizer)
+        unseen, seen = once(tokens[:skipped]), once(tokens[skipped:])
+        size = piece_size(model, UNSEEN_PIECE)
+        async for piece in in_pieces(unseen, state.position, size):
+            step = await store.engine.forward(model, piece.tolist(), state, logits)
+            state, logits = step.state, step.logits
+        size = piece_size(model, OBSERVED_PIECE)
+        async for piece in in_pieces(seen, state.position, size):
+            step = await store.engine.forward(model, piece.tolist(), state, logits, observed=True)
+            assert step.observation is not None
+            words = [decoder.feed(token) for token in piece.tolist()]
+            await emit(event(to_json(step.observation, words, state.position), "piece"))
+            state, logits = step.state, step.logits
+        await emit(event({**described, "skipped": skipped}, "done"))
+
+    return await respond(request, produce, named=True)
+
+
+async def once(tokens: np.ndarray) -> AsyncIterator[np.ndarray]:
+    yield tokens
+
+
+async def compare_ask(request: Request) -> Response:
+    """The same question to the memory, with writing off, and to attention alone."""
+    store = store_of(request)
+    session = store.find(request.path_params["id"])
+    fields = await json_object(request)
+    prompt = fields.text("prompt", "")
+    ask = take_ask(fields, store, 64)
+    fields.finish()
+    ids = check_prompt(store, store.tokenizer.encode(prompt))
+    model, state = store.model_of(session), await store.state(session)
+    tokens = session.tokens()
+    attention = request.app.state.attention
+    answers = await store.engine.call(
+        lambda: views.three_readers(model, attention, store.tokenizer, state, tokens, ids, ask)
+    )
+    return JSON({"readers": {name: asdict(answer) for name, answer in answers.items()}})
+
+
+async def probe(request: Request) -> Response:
+    """What the memory returns for one token's key, from then to now."""
+    fields = await json_object(request)
+    index = required(fields, "index")
+    fields.finish()
+    return JSON(
+        await store_of(request).run(
+            request.path_params["id"],
+            lambda model, session: views.probed(model, session.origin(), session.tokens(), index),
+        )
+    )
+
+
+async def erase(request: Request) -> Response:
+    """Read everything again without a passage, or with another instead; the session goes on
+    from there."""
+    store, id = store_of(request), request.path_params["id"]
+    fields = await json_object(request)
+    passage = required(fields, "start"), required(fields, "stop")
+    instead = np.array(store.tokenizer.encode(fields.text("instead", "")), dtype=np.int64)
+    questions = fields.texts("questions", MOST_QUESTIONS)
+    fields.finish()
+    ask = Ask(sampling=Sampling(temperature=0.0), max_tokens=12, stop=("»",))
+    prompts = [check_prompt(store, store.tokenizer.encode(text)) for text in questions]
+    async with store.hold(id) as session:
+        tokens, origin = np.array(session.tokens()), session.origin()
+        if not 0 <= passage[0] < passage[1] <= len(tokens):
+            raise ValueError(
+                f"expected start < stop within 0..{len(tokens)}, got {passage[0]} and {passage[1]}"
+            )
+        edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
+
+        def work(model: TitansLM, session: Session) -> tuple[ModelState, dict[str, Any]]:
+            assert session.state is not None
+            old, new = session.state, replay(model, edited, state=origin).fork()
+            return new, views.changed(model, store.tokenizer, old, new, prompts, ask)
+
+        new, report = await store.run(id, work)
+        await store.replace(id, new, edited)
+        counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
+        return JSON({**counts, **report, "session": describe_session(session)})
+
+
+async def compare(request: Request) -> Response:
+    """How far the weights of two memories are apart, per memory and head."""
+    store = store_of(request)
+    a = store.find(request.path_params["id"])
+    b = store.find(request.query_params.get("with", ""))
+    if a.record.model != b.record.model:
+        raise ApiError(409, "the two memories belong to different models")
+    model, first, second = store.model_of(a), await store.state(a), await store.state(b)
+    apart = await store.engine.call(lambda: plain(distance(model, first, second)[0]))
+    return JSON({"distance": apart})
+
+
+async def explain(request: Request) -> Response:
+    """One write in full: of a token that a session has read, or of a text in a fresh memory."""
+    store = store_of(request)
+    fields = await json_object(request)
+    id, text = fields.text("session"), fields.text("text", "")
+    index = fields.integer("index", 0, 0, 2**53)
+    memory, head = fields.integer("memory", None, 0, 999), fields.integer("head", None, 0, 999)
+    token = fields.integer("token", None, 0, 999)
+    name = fields.text("model")
+    fields.finish()
+    if id is None:
+        _, model = store.model(name)
+        ids = np.array(check_prompt(store, store.tokenizer.encode(text)))[:64]
+
+        def work() -> dict[str, Any]:
+            return views.explained(
+                model, store.tokenizer, None, ids, memory=memory, head=head, token=token
+            )
+
+        return JSON(await store.engine.call(work))
+
+    def look(model: TitansLM, session: Session) -> dict[str, Any]:
+        tokens = session.tokens()
+        if not 0 <= index < len(tokens):
+            raise ValueError(f"index must lie in 0..{len(tokens) - 1}, got {index}")
+        start = max(0, index - EXPLAINED_BEFORE)
+        before = replay(model, np.array(tokens[:start]), state=session.origin())
+        near = np.array(tokens[start : index + 1 + EXPLAINED_AFTER])
+        chosen = index - start if token is None else token
+        return views.explained(
+            model, store.tokenizer, before, near, memory=memory, head=head, token=chosen
+        )
+
+    return JSON(await store.run(id, look))
+
+
+def required(fields: Fields, name: str) -> int:
+    value = fields.integer(name, None, 0, 2**53)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    return int(value)
+
+
+class PageFiles(StaticFiles):
+    """The browser asks each time whether a file has changed."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+ROUTES: list[BaseRoute] = [
+    Route("/", page, methods=["GET"]),
+    Mount("/page", PageFiles(directory=PAGE)),
+    Route("/studio/info", info, methods=["GET"]),
+    Route("/studio/texts", list_texts, methods=["GET"]),
+    Route("/studio/explain", explain, methods=["POST"]),
+    Route("/studio/sessions/{id}/history", history, methods=["GET"]),
+    Route("/studio/sessions/{id}/compare-ask", compare_ask, methods=["POST"]),
+    Route("/studio/sessions/{id}/probe", probe, methods=["POST"]),
+    Route("/studio/sessions/{id}/erase", erase, methods=["POST"]),
+    Route("/studio/sessions/{id}/compare", compare, methods=["GET"]),
+]

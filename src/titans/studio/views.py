@@ -1,0 +1,282 @@
+"""What the page shows of a memory, as JSON: computed by `titans.inspect`, shaped for drawing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titans.data.tokenizers import Tokenizer
+from titans.generate import sample
+from titans.inspect import (
+    Step,
+    distance,
+    explain,
+    memories,
+    moved,
+    observe,
+    probe,
+    reach,
+    recall,
+    recall_curve,
+    replay,
+    without_writing,
+)
+from titans.models.lm import TitansLM
+from titans.serve.answering import Ask
+from titans.serve.reading import plain
+from titans.serve.text import Decoder, Stops
+from titans.state import ModelState
+
+CURVE_POINTS = 200  # of a recall curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a reader says. text: None where it cannot be asked, and `unavailable` says why."""
+
+    text: str | None = None
+    tokens_read: int = 0
+    unavailable: str | None = None
+
+
+def describe_model(name: str, model: TitansLM) -> dict[str, Any]:
+    """What the page needs to know of a model."""
+    config = model.config.memory
+    count = len(memories(model, model.init_state(1)))
+    return {
+        "name": name,
+        "variant": model.config.variant,
+        "parameters": model.parameter_count,
+        "memories": count,
+        "heads": config.heads if count else 0,
+        "momentum": config.momentum,
+        "chunk": config.chunk_size,
+        "decay_target": config.decay_target,
+    }
+
+
+@torch.no_grad()
+def continued(
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    state: ModelState,
+    prompt: Sequence[int],
+    ask: Ask,
+    write: bool = True,
+) -> str:
+    """The text after `prompt`, token by token; with write=False the memories are only read."""
+    seed = torch.seed() if ask.sampling.seed is None else ask.sampling.seed
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    decoder, stops = Decoder(tokenizer), Stops(ask.stop)
+    logits, state = model(torch.tensor([list(prompt)]), state, write)
+    text = ""
+    for _ in range(ask.max_tokens):
+        token = int(sample(logits[:, -1, : tokenizer.vocab_size], ask.sampling, [generator])[0])
+        if token == tokenizer.end_of_document:
+            break
+        text += stops.feed(decoder.feed(token))
+        if stops.hit:
+            return text
+        logits, state = model(torch.tensor([[token]]), state, write)
+    return text + stops.feed(decoder.finish(), last=True)
+
+
+def three_readers(
+    model: TitansLM,
+    attention: TitansLM | None,
+    tokenizer: Tokenizer,
+    state: ModelState,
+    tokens: np.ndarray,
+    prompt: Sequence[int],
+    ask: Ask,
+) -> dict[str, Answer]:
+    """One question to the memory, to the same weights with writing off, and to attention alone.
+
+    tokens: what was read into `state`; a memory from a file may have read more than that.
+    """
+    text = continued(model, tokenizer, state, prompt, ask)
+    answers = {"memory": Answer(text=text, tokens_read=state.position)}
+    for name, reader in (("off", model), ("attention", attention)):
+        answers[name] = without_memory(reader, tokenizer, tokens, prompt, ask)
+    return answers
+
+
+def without_memory(
+    model: TitansLM | None,
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    prompt: Sequence[int],
+    ask: Ask,
+) -> Answer:
+    """A reader of `tokens` that never wrote: only the last ones that can matter are read."""
+    if model is None:
+        return Answer(unavailable="This server has no attention-only model.")
+    if tokens.size and int(tokens.max()) >= model.config.vocab_size:
+        return Answer(unavailable="It has another vocabulary.")
+    state = model.init_state(1)
+    if tokens.size:
+        far = reach(model) or len(tokens)
+        state = without_writing(model, last(tokens, far), len(tokens))
+    text = continued(model, tokenizer, state, prompt, ask, write=False)
+    return Answer(text=text, tokens_read=len(tokens))
+
+
+def last(tokens: np.ndarray, count: int) -> np.ndarray:
+    """The last tokens as an array that can be written, which a mapped file's cannot."""
+    return np.array(tokens[max(0, len(tokens) - count) :])
+
+
+def probed(
+    model: TitansLM, origin: ModelState | None, tokens: np.ndarray, index: int
+) -> dict[str, Any]:
+    """Recall of token `index`, from just after it to the end of `tokens`.
+
+    Per memory and head: theta with which it was written, cosine `then` and `now`, and a `curve`
+    at `positions`. Raises ValueError for an index outside the tokens.
+    """
+    if not 0 <= index < len(tokens):
+        raise ValueError(f"index must lie in 0..{len(tokens) - 1}, got {index}")
+    before = replay(model, tokens[:index], state=origin)
+    one = torch.from_numpy(tokens[index : index + 1].astype(np.int64))[None]
+    pair = probe(model, before, one, 0)
+    after = replay(model, tokens[index : index + 1], state=before)
+    rest = np.array(tokens[index + 1 :])
+    piece = max(16, -(-len(rest) // CURVE_POINTS))
+    positions, cosines = [after.position], [recall(model, after, pair).cosine[0]]
+    if len(rest):
+        curve = list(recall_curve(model, after, pair, rest, piece=piece))[1:]
+        positions += [position for position, _ in curve]
+        cosines += [seen.cosine[0] for _, seen in curve]
+    table = torch.stack(cosines, -1)  # (memories, heads, points)
+    rates = pair.learning_rate[0]
+    return {
+        "index": index,
+        "position": pair.position,
+        "positions": positions,
+        "memories": [
+            [
+                {
+                    "learning_rate": float(rates[m, head]),
+                    "then": float(table[m, head, 0]),
+                    "now": float(table[m, head, -1]),
+                    "curve": table[m, head].tolist(),
+                }
+                for head in range(table.shape[1])
+            ]
+            for m in range(table.shape[0])
+        ],
+    }
+
+
+def changed(
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    old: ModelState,
+    new: ModelState,
+    prompts: Sequence[Sequence[int]],
+    ask: Ask,
+) -> dict[str, Any]:
+    """How two memories differ: their weights, how far the old ones had moved, and the answers."""
+    return {
+        "distance": plain(distance(model, old, new)[0]),
+        "moved": plain(moved(model, old)[0]),
+        "answers": [
+            {
+                "before": continued(model, tokenizer, old, prompt, ask),
+                "after": continued(model, tokenizer, new, prompt, ask),
+            }
+            for prompt in prompts
+        ],
+    }
+
+
+def explained(
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    state: ModelState | None,
+    tokens: np.ndarray,
+    *,
+    memory: int | None,
+    head: int | None,
+    token: int | None,
+) -> dict[str, Any]:
+    """The writes of `tokens` by one head, and one of them in full.
+
+    memory, head: None is the one with the largest learning rate. token: its place in `tokens`;
+    None is the last that the head writes.
+    """
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    if memory is None or head is None:
+        memory, head = busiest(model, state, ids, token)
+    step = explain(model, state, ids, memory, head)
+    rates = torch.stack(step.learning_rate).amax(0)
+    if token is None:
+        written = torch.nonzero(rates).flatten().tolist()
+        token = written[-1] if written else len(tokens) - 1
+    if not 0 <= token < len(tokens):
+        raise ValueError(f"token must lie in 0..{len(tokens) - 1}, got {token}")
+    decoder = Decoder(tokenizer)
+    network = memories(model, model.init_state(1))[memory].layer.network
+    told = network.apply(
+        [w[token + 1][None, None] for w in step.weights], step.keys[token][None, None, None]
+    )
+    return {
+        "memory": memory,
+        "head": head,
+        "position": step.position,
+        "chunk": step.chunk,
+        "tokens": [decoder.feed(int(i)) for i in tokens],
+        "learning_rate": plain(rates),
+        "surprise": plain(step.surprise),
+        "token": token,
+        "detail": {
+            "key": plain(step.keys[token]),
+            "value": plain(step.values[token]),
+            "query": plain(step.queries[token]),
+            "answer": plain(step.answers[token]),
+            "error": plain(step.answers[token] - step.values[token]),
+            "error_after": float((told[0, 0, 0] - step.values[token]).norm()),
+            "read": plain(step.reads[token]),
+            "surprise": float(step.surprise[token]),
+            "matrices": [matrix(step, i, token) for i in range(len(step.weights))],
+        },
+    }
+
+
+def busiest(
+    model: TitansLM, state: ModelState | None, ids: Tensor, token: int | None
+) -> tuple[int, int]:
+    """Memory and head with the largest learning rate at a token, or anywhere."""
+    rates = observe(model, ids, state).learning_rate[0]  # (T, memories, heads)
+    if not rates.numel():
+        raise ValueError("this model has no memory")
+    seen = rates.amax(0)
+    if token is not None and rates[token].amax() > 0:
+        seen = rates[token]
+    best = int(seen.argmax())
+    return best // seen.shape[1], best % seen.shape[1]
+
+
+def matrix(step: Step, i: int, t: int) -> dict[str, Any]:
+    """One weight matrix of the memory network at token t, (in, out) as lists of rows.
+
+    before, after: M - M_0. step: what is added, S_t, or without momentum -theta times gradient.
+    """
+    rate = step.learning_rate[i][t]
+    weights, gradient = step.weights[i], step.gradient[i][t]
+    past = None if step.past is None else step.past[i]
+    return {
+        "learning_rate": float(rate),
+        "momentum": None if step.momentum is None else float(step.momentum[i][t]),
+        "decay": None if step.decay is None else float(step.decay[i][t].mean()),
+        "gradient": plain(gradient),
+        "past_before": None if past is None else plain(past[t]),
+        "past_after": None if past is None else plain(past[t + 1]),
+        "step": plain(-rate * gradient if past is None else past[t + 1]),
+        "before": plain(weights[t] - step.initial[i]),
+        "after": plain(weights[t + 1] - step.initial[i]),
+        "change": plain(weights[t + 1] - weights[t]),
+    }

@@ -1,0 +1,284 @@
+"""The page's routes: every number is the library's, and a session changes only where it should."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from titans.demo import asset
+from titans.generate import Sampling, generate
+from titans.inspect import distance, explain, moved, probe, recall, watch
+from titans.models.lm import load
+from titans.state import ModelState
+
+TEXT = {"content-type": "text/plain; charset=utf-8"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(asset("demo.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def attention():
+    return load(asset("demo-attention.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def short(c):
+    return c.get("/studio/texts").json()["texts"][0]
+
+
+@pytest.fixture(scope="module")
+def reader(c, short):
+    """A session that has read the first built-in text."""
+    id = c.post("/v1/sessions", json={"name": "test"}).json()["id"]
+    answer = c.post(f"/v1/sessions/{id}/read", content=short["text"].encode(), headers=TEXT)
+    assert answer.json()["read"] == len(short["text"].encode())
+    return id
+
+
+@pytest.fixture
+def session(c, reader):
+    """A fork of it, for one test."""
+    return c.post("/v1/sessions", json={"fork": reader}).json()["id"]
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def tokens(short) -> torch.Tensor:
+    return torch.tensor([ids(short["text"])])
+
+
+def events(answer):
+    blocks = [b.split("\n") for b in answer.text.strip().split("\n\n")]
+    return [(b[0].removeprefix("event: "), json.loads(b[1].removeprefix("data: "))) for b in blocks]
+
+
+def state_of(c, id, tmp_path) -> ModelState:
+    path = tmp_path / "now.memory"
+    path.write_bytes(c.get(f"/v1/sessions/{id}/memory").content)
+    return ModelState.load(path)
+
+
+def test_history_tells_again_what_was_read(c, session, short, model):
+    *pieces, (kind, done) = events(c.get(f"/studio/sessions/{session}/history"))
+    assert kind == "done"
+    assert done["tokens_read"] == len(ids(short["text"]))
+    assert done["skipped"] == 0
+    assert "".join(t for _, p in pieces for t in p["text"]) == short["text"]
+    seen = list(watch(model, tokens(short), piece=64))
+    assert [p["start"] for _, p in pieces] == list(range(0, done["tokens_read"], 64))
+    for (_, piece), expected in zip(pieces, seen, strict=True):
+        for name in ("surprise", "learning_rate", "decay"):
+            told = torch.tensor(piece[name]).permute(2, 0, 1)
+            torch.testing.assert_close(told, getattr(expected, name)[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(piece["moved"]), expected.moved[0])
+
+
+def test_history_of_a_long_past_shows_its_end(c, session, short, model, monkeypatch):
+    monkeypatch.setattr("titans.studio.routes.SHOWN", 100)
+    *pieces, (_, done) = events(c.get(f"/studio/sessions/{session}/history"))
+    everything = ids(short["text"])
+    assert done["skipped"] == len(everything) - 100
+    assert pieces[0][1]["start"] == done["skipped"]
+    assert [i for _, p in pieces for i in p["ids"]] == everything[-100:]
+    # The numbers go on from the whole past, also the first token's.
+    whole = torch.cat([o.nll for o in watch(model, tokens(short))], 1)[0, -100:]
+    told = torch.tensor([n for _, p in pieces for n in p["nll"]])
+    torch.testing.assert_close(told, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_three_readers_answer_as_the_library_does(c, session, short, model, attention, tmp_path):
+    fact = short["facts"][0]
+    content = {"prompt": fact["question"], "max_tokens": 4, "temperature": 0}
+    answer = c.post(f"/studio/sessions/{session}/compare-ask", json=content)
+    readers = answer.json()["readers"]
+    assert readers["memory"]["text"] == fact["value"]
+    for name, reader in (("off", model), ("attention", attention)):
+        _, state = reader(tokens(short), None, False)
+        text = []
+        question = torch.tensor([ids(fact["question"])])
+        for _ in range(4):
+            logits, state = reader(question, state, False)
+            question = logits[:, -1:, :256].argmax(-1)
+            text.append(int(question))
+        assert readers[name]["text"] == bytes(text).decode(errors="replace")
+        assert readers[name]["text"] != fact["value"]
+        assert readers[name]["tokens_read"] == tokens(short).shape[1]
+
+
+def test_a_drawn_answer_is_the_one_that_generate_draws(c, session, model, tmp_path):
+    content = {"prompt": "def ", "max_tokens": 24, "temperature": 0.8, "seed": 5}
+    answer = c.post(f"/studio/sessions/{session}/compare-ask", json=content)
+    state = state_of(c, session, tmp_path)
+    sampling = Sampling(temperature=0.8, seed=5)
+    drawn = generate(model, [ids("def ")], 24, sampling=sampling, state=state).tokens[0]
+    expected = bytes(t for t in drawn if t < 256).decode(errors="replace")
+    assert answer.json()["readers"]["memory"]["text"] == expected
+
+
+def test_asking_and_probing_change_nothing(c, session, tmp_path):
+    before = c.get(f"/v1/sessions/{session}/memory").content
+    c.post(f"/studio/sessions/{session}/compare-ask", json={"prompt": "x", "max_tokens": 2})
+    c.post(f"/studio/sessions/{session}/probe", json={"index": 7})
+    c.post("/studio/explain", json={"session": session, "index": 7})
+    assert c.get(f"/v1/sessions/{session}/memory").content == before
+
+
+def test_a_probe_is_the_librarys_then_and_now(c, session, short, model, tmp_path):
+    index = short["text"].encode().index(short["facts"][0]["value"].encode())
+    seen = c.post(f"/studio/sessions/{session}/probe", json={"index": index}).json()
+    all_tokens = tokens(short)
+    pair = probe(model, None, all_tokens, index)
+    _, then = model(all_tokens[:, : index + 1])
+    now = recall(model, state_of(c, session, tmp_path), pair).cosine[0]
+    at_once = recall(model, then, pair).cosine[0]
+    for m, memory in enumerate(seen["memories"]):
+        for h, head in enumerate(memory):
+            assert head["now"] == pytest.approx(float(now[m, h]), abs=1e-4)
+            assert head["then"] == pytest.approx(float(at_once[m, h]), abs=1e-4)
+            assert head["learning_rate"] == pytest.approx(float(pair.learning_rate[0, m, h]))
+            assert len(head["curve"]) == len(seen["positions"])
+    assert seen["positions"][0] == index + 1
+    assert seen["positions"][-1] == all_tokens.shape[1]
+    assert max(head["then"] for memory in seen["memories"] for head in memory) > 0.99
+
+
+def test_erasing_takes_one_fact_and_leaves_the_others(c, session, short, model, tmp_path):
+    gone, *kept = short["facts"]
+    text = short["text"].encode()
+    statement = f" «{gone['name']}: {gone['value']}» ".encode()
+    start = text.index(statement)
+    content = {
+        "start": start,
+        "stop": start + len(statement),
+        "questions": [fact["question"] for fact in short["facts"]],
+    }
+    before = state_of(c, session, tmp_path)
+    answer = c.post(f"/studio/sessions/{session}/erase", json=content).json()
+    assert answer["erased"] == len(statement)
+    first, *others = answer["answers"]
+    assert first["before"] == gone["value"]
+    assert first["after"] != gone["value"]
+    assert [a["after"] for a in others] == [fact["value"] for fact in kept]
+    # It is the memory of a text in which the passage never stood.
+    rest = text[:start] + text[start + len(statement) :]
+    _, expected = model(torch.tensor([list(rest)]))
+    after = state_of(c, session, tmp_path)
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(after.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+    apart = distance(model, before, expected)[0]
+    torch.testing.assert_close(torch.tensor(answer["distance"]), apart, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(answer["moved"]), moved(model, before)[0])
+    assert answer["session"]["tokens_read"] == len(rest)
+    told = events(c.get(f"/studio/sessions/{session}/history"))
+    assert [i for kind, p in told if kind == "piece" for i in p["ids"]] == list(rest)
+
+
+def test_a_passage_can_be_replaced(c, session, short):
+    fact = short["facts"][1]
+    start = short["text"].encode().index(fact["value"].encode())
+    content = {"start": start, "stop": start + 4, "instead": "7519"}
+    content["questions"] = [fact["question"]]
+    answer = c.post(f"/studio/sessions/{session}/erase", json=content).json()
+    assert answer["answers"] == [{"before": fact["value"], "after": "7519"}]
+    assert answer["inserted"] == 4
+
+
+def test_everything_can_be_erased(c, session, model, short, tmp_path):
+    content = {"start": 0, "stop": len(ids(short["text"]))}
+    answer = c.post(f"/studio/sessions/{session}/erase", json=content).json()
+    assert answer["session"]["tokens_read"] == 0
+    fresh = model.init_state(1).tensors()
+    for name, tensor in state_of(c, session, tmp_path).tensors().items():
+        assert torch.equal(tensor, fresh[name])
+
+
+@pytest.mark.parametrize("passage", [(5, 5), (6, 5), (0, 10**6)])
+def test_a_passage_outside_the_text_is_refused(c, session, passage):
+    content = {"start": passage[0], "stop": passage[1]}
+    answer = c.post(f"/studio/sessions/{session}/erase", json=content)
+    assert answer.status_code == 400
+    assert "expected start < stop" in answer.json()["error"]["message"]
+
+
+def test_a_loaded_memory_can_be_probed_and_erased_from_where_it_began(c, session, model, tmp_path):
+    """Its past is unknown, and stays in it; what is read after loading can be erased again."""
+    file = c.get(f"/v1/sessions/{session}/memory").content
+    kind = {"content-type": "application/octet-stream"}
+    loaded = c.post("/v1/sessions?name=loaded", content=file, headers=kind).json()["id"]
+    c.post(f"/v1/sessions/{loaded}/read", content=b" and more", headers=TEXT)
+    c.post(f"/studio/sessions/{loaded}/erase", json={"start": 0, "stop": 9})
+    origin, after = state_of(c, session, tmp_path), state_of(c, loaded, tmp_path)
+    for name, tensor in origin.tensors().items():
+        assert torch.equal(after.tensors()[name], tensor)
+    seen = c.post(f"/studio/sessions/{loaded}/probe", json={"index": 0})
+    assert seen.status_code == 400  # nothing was read since
+
+
+def test_distance_of_forks(c, session, model, tmp_path):
+    fork = c.post("/v1/sessions", json={"fork": session}).json()["id"]
+    url = f"/studio/sessions/{session}/compare?with={fork}"
+    assert not np.any(c.get(url).json()["distance"])
+    c.post(f"/v1/sessions/{fork}/read", content=" «qqqq: 1234» ".encode(), headers=TEXT)
+    first, second = state_of(c, session, tmp_path), state_of(c, fork, tmp_path)
+    told = torch.tensor(c.get(url).json()["distance"])
+    torch.testing.assert_close(told, distance(model, first, second)[0])
+    assert told.max() > 1
+
+
+def test_an_explanation_adds_up(c, session, short, model):
+    index = short["text"].encode().index(short["facts"][0]["value"].encode())
+    seen = c.post("/studio/explain", json={"session": session, "index": index}).json()
+    assert seen["tokens"][seen["token"]] == short["facts"][0]["value"][0]
+    assert seen["learning_rate"][seen["token"]] > 0.9  # the head that writes it was chosen
+    detail = seen["detail"]
+    (one,) = detail["matrices"]
+    key, value, error = (np.array(detail[n]) for n in ("key", "value", "error"))
+    before, after, change = (np.array(one[n]) for n in ("before", "after", "change"))
+    np.testing.assert_allclose(np.linalg.norm(key), 1, rtol=1e-5)
+    # The gradient of 0.5 |k W - v|^2, the rule, and the answer after it.
+    np.testing.assert_allclose(np.outer(key, error), np.array(one["gradient"]), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(error), detail["surprise"], rtol=1e-4)
+    step = -one["learning_rate"] * np.array(one["gradient"])
+    np.testing.assert_allclose(step, np.array(one["step"]), atol=1e-5)
+    np.testing.assert_allclose((1 - one["decay"]) * before + step, after, atol=1e-4)
+    np.testing.assert_allclose(after - before, change, atol=1e-4)
+    assert detail["error_after"] < 0.01 * np.linalg.norm(value)
+    # It is the step of the library, at the place in the text.
+    start = index - seen["token"]
+    _, state = model(tokens(short)[:, :start])
+    part = tokens(short)[:, start : index + 1]
+    step = explain(model, state, part, seen["memory"], seen["head"])
+    np.testing.assert_allclose(step.reads[-1], detail["read"], atol=1e-4)
+
+
+def test_an_explanation_of_a_text_in_a_fresh_memory(c):
+    seen = c.post("/studio/explain", json={"text": " «baku: 4821» "}).json()
+    assert "".join(seen["tokens"]) == " «baku: 4821» "
+    assert seen["tokens"][seen["token"]] == "1"  # the last that is written
+    again = {"text": " «baku: 4821» ", "memory": 1, "head": 0, "token": 2}
+    assert c.post("/studio/explain", json=again).json()["memory"] == 1
+    wrong = c.post("/studio/explain", json={"text": "ab", "memory": 9, "head": 0})
+    assert wrong.status_code == 400
+    assert "memory must lie in 0..1, got 9" in wrong.json()["error"]["message"]
+
+
+def test_unknown_sessions_are_404(c):
+    for url in ("history", "compare"):
+        assert c.get(f"/studio/sessions/{'0' * 32}/{url}").status_code == 404
+    for url in ("probe", "erase", "compare-ask"):
+        content = {"index": 0, "start": 0, "stop": 1, "prompt": "x"}
+        wanted = {"probe": ["index"], "erase": ["start", "stop"], "compare-ask": ["prompt"]}[url]
+        body = {name: content[name] for name in wanted}
+        assert c.post(f"/studio/sessions/{'0' * 32}/{url}", json=body).status_code == 404
+
+
+def test_another_site_cannot_use_the_page(c, session):
+    for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        answer = c.post(f"/studio/sessions/{session}/probe", json={"index": 0}, headers=headers)
+        assert answer.status_code == 403
