@@ -13,17 +13,19 @@ PACKAGE = Path(__file__).parent.parent / "src" / "titans"
 LAYERS = [
     ("config", "baselines", "state"),
     ("ops",),
+    ("distributed",),
     ("layers",),
     ("models",),
     ("presets", "generate"),
     ("inspect",),
     ("data",),
-    ("train", "evals"),
+    ("train", "evals", "hf"),
     ("demo",),
     ("serve",),
     ("studio",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]

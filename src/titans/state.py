@@ -66,6 +66,17 @@ class State:
         """Bytes of all tensors. It does not depend on how much was read."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
+    def structure(self) -> Any:
+        """All but the numbers in the tensors, as JSON; `rebuild` puts tensors into it."""
+        return _describe(self)
+
+    @classmethod
+    def rebuild(cls: type[S], structure: Any, tensors: dict[str, Tensor]) -> S:
+        """The state of that `structure` holding those `tensors`, by dotted path."""
+        state = _rebuild(structure, "", tensors)
+        assert isinstance(state, cls)
+        return state
+
     def check_finite(self) -> None:
         """Raise ValueError naming the first tensor that holds a NaN or an infinity."""
         for name, tensor in self.tensors().items():

@@ -235,8 +235,8 @@ def poison_parameter(monkeypatch, step, name):
     """Put a NaN into a parameter after the update of `step`."""
     original = loop.take_step
 
-    def poisoned(training, batch, config):
-        row = original(training, batch, config)
+    def poisoned(training, batch, config, here):
+        row = original(training, batch, config, here)
         if training.step == step:
             with torch.no_grad():
                 training.model.get_parameter(name).view(-1)[3] = float("nan")

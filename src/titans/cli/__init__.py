@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from titans.cli.bench import add_bench
+from titans.cli.convert import add_convert
 from titans.cli.eval import add_eval
 from titans.cli.memory import add_memory
 from titans.cli.parser import EXIT_BAD_INPUT, INTERRUPTED, Parser, fail
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
     add_generate(verbs)
     add_stream(verbs)
     add_memory(verbs)
+    add_convert(verbs)
     add_eval(verbs)
     add_presets(verbs)
     add_bench(verbs)

@@ -90,8 +90,9 @@ def run_train(options: argparse.Namespace) -> None:
     config = load_toml(options.config, RunConfig, options.overrides)
     folder = options.out or Path("runs") / options.config.stem
     result = train(config, folder, resume=not options.fresh)
-    print(f"{result.checkpoint / 'model.safetensors'}")
-    if options.json:
+    if result.first:
+        print(f"{result.checkpoint / 'model.safetensors'}")
+    if result.first and options.json:
         print(json.dumps({**dataclasses.asdict(result), "folder": str(folder)}, default=str))
     if not result.finished:
         sys.exit(INTERRUPTED)

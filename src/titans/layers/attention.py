@@ -7,7 +7,7 @@ concatenated along the head size: q' = [rot(q), q], k'_token = [rot(k), 0], k'_p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from titans.distributed import Peers
 from titans.state import State
 
 
@@ -61,14 +62,23 @@ class SlidingWindowAttention(nn.Module):
         return q, k, v
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: WindowState
+        self, x: Float[Tensor, "b t d"], state: WindowState, peers: Peers | None = None
     ) -> tuple[Float[Tensor, "b t d"], WindowState]:
+        """peers: x is a slice of a text of which they hold the others."""
         q, k, v = self.project(x)
         length, tail = x.shape[1], self.window - 1
+        if peers is not None:
+            state = replace(state, position=state.position + peers.rank * length)
         begin = state.position
         begin = begin[:, None, None] if isinstance(begin, Tensor) else begin
         positions = begin + torch.arange(length, device=x.device)
         rotated, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        if peers is not None:
+            state = replace(
+                state,
+                keys=peers.before(k, state.keys, 2),
+                values=peers.before(v, state.values, 2),
+            )
         k, v = (
             torch.cat([state.keys.to(k.dtype), k], 2),
             torch.cat([state.values.to(v.dtype), v], 2),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import MemoryConfig
+from titans.distributed import Peers, neural_memory_sliced
 from titans.layers.convolution import CausalConv
 from titans.ops import MemoryNetwork, RuleState, neural_memory, read_memory
 from titans.ops.api import Gate
@@ -141,11 +143,17 @@ class NeuralMemory(nn.Module):
         return y, state
 
     def run(
-        self, x: Float[Tensor, "b t d"], state: MemoryState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: MemoryState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], MemoryState, MemoryRecord]:
         """`forward`, with a record of what the memory did.
 
-        write: False reads the memory as it is and leaves it so.
+        write: False reads the memory as it is and leaves it so. peers: x is a slice of a text;
+        they hold the others. Then `state` is that before the text, and the one returned counts
+        on the last of them.
         """
         config = self.config
         if x.ndim != 3 or x.shape[2] != config.dim:
@@ -153,7 +161,7 @@ class NeuralMemory(nn.Module):
         if x.shape[1] == 0:
             raise ValueError("the sequence is empty: expected T >= 1 tokens")
         self.check_state(state, x.shape[0])
-        (q, k, v), seen, tail = self.mix(x, state.tail)
+        (q, k, v), seen, tail = self.mix(x, state.tail, peers)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
             read = read_memory(q, state.rule.weights, self.network, self.anchor())
@@ -169,7 +177,8 @@ class NeuralMemory(nn.Module):
             assert isinstance(rate, Tensor)
             assert isinstance(decay, Tensor)
             step, decay, target = at_decayed_memory(rate, decay, v)
-        result = neural_memory(
+        rule = neural_memory if peers is None else partial(neural_memory_sliced, peers)
+        result = rule(
             q,
             k,
             target,
@@ -216,19 +225,25 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"the state's convolution tail must be {expected}, got {got}")
 
     def mix(
-        self, x: Tensor, tail: Tensor | None
+        self, x: Tensor, tail: Tensor | None, peers: Peers | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Queries, keys (unit norm) and values, (B, T, H, D); what the gates see; the next tail."""
         unit = 2 if self.config.unit_norm else 0
         if self.config.gate_input == "token":
-            parts, tail = self.project(x, self.qkv.weight, tail, unit=unit)
+            parts, tail = self.project(x, self.qkv.weight, tail, unit=unit, peers=peers)
             return parts, x, tail
-        (q, k, v), tail = self.project(x, self.qkv.weight, tail, unit=0)
+        (q, k, v), tail = self.project(x, self.qkv.weight, tail, unit=0, peers=peers)
         seen = torch.cat([x, *(part.flatten(2).to(x.dtype) for part in (q, k, v))], -1)
         return ((unit_norm(q), unit_norm(k), v) if unit else (q, k, v)), seen, tail
 
     def project(
-        self, x: Tensor, weight: Tensor, tail: Tensor | None, *, unit: int
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tensor | None,
+        *,
+        unit: int,
+        peers: Peers | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Rows of the q, k, v map, convolution and activation: (B, T, H, D) each, `unit` of them
         at unit norm. Fewer channels than the convolution has meet the first of them."""
@@ -239,6 +254,8 @@ class NeuralMemory(nn.Module):
         if self.conv is not None:
             assert tail is not None
             kernel, bias = self.conv.weight[:, :channels], self.conv.bias[:channels]
+            if peers is not None:
+                tail = peers.before(projected, tail, 1)
         parts = mix_tokens(
             projected,
             tail,

@@ -1,6 +1,7 @@
 """TitansLM: a causal language model around one of the mixers."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from titans.config import TitansConfig, build, to_dict
+from titans.distributed import Peers, composes
 from titans.layers.feedforward import SwiGLU
-from titans.layers.memory import MemoryRecord
+from titans.layers.memory import MemoryRecord, NeuralMemory
 from titans.models.baselines.rule import RuleMixer
 from titans.models.baselines.rwkv7 import RWKV7Mixer
 from titans.models.baselines.sliding import SlidingMixer
@@ -76,13 +78,37 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config.dim, hidden) if hidden else None
 
     def forward(
-        self, x: Tensor, state: State, write: bool = True
+        self, x: Tensor, state: State | None, write: bool = True, peers: Peers | None = None
     ) -> tuple[Tensor, State, MemoryRecord | None]:
-        y, state, record = self.mixer(self.mixer_norm(x), state, write)
+        """state: None is that before the first token, made here where the weights are at hand.
+        peers: x is a slice of a text of which they hold the others."""
+        if state is None:
+            mixer: Any = self.mixer
+            state = mixer.init_state(x.shape[0])
+        seen = self.mixer_norm(x)
+        if peers is None:
+            y, state, record = self.mixer(seen, state, write)
+        elif in_turn(self.mixer, peers):
+            y, state, record = peers.relay(partial(self.mixer, write=write), seen, state)
+        else:
+            y, state, record = self.mixer(seen, state, write, peers)
         x = x + y
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x, state, record
+
+
+def in_turn(mixer: nn.Module, peers: Peers) -> bool:
+    """Must the slices of a text be read one after the other? MAC writes what it attends to after
+    it read the memory; of a deep memory each process can have some of the heads, or none."""
+    if isinstance(mixer, MACMixer | RWKV7Mixer):
+        return True
+    memory = getattr(mixer, "memory", None)
+    if not isinstance(memory, NeuralMemory):
+        return False
+    config = memory.config
+    alone = composes(memory.network, config.chunk_size, config.max_surprise)
+    return not alone and config.heads % peers.count > 0
 
 
 class TitansLM(nn.Module):
@@ -90,6 +116,9 @@ class TitansLM(nn.Module):
 
     tokens: (B, T) int64. Feeding a text in any pieces gives the logits and the state of one
     pass. Weights are initialised in `reset_parameters` alone.
+
+    With `peers` set, tokens are a slice of a text; they hold the others, of the same length. The
+    logits are those of the slice, both states those of the whole text.
     """
 
     def __init__(self, config: TitansConfig) -> None:
@@ -97,6 +126,7 @@ class TitansLM(nn.Module):
         self.config = config
         self.config_hash = config.hash()
         self.gradient_checkpointing = False
+        self.peers: Peers | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
@@ -158,23 +188,24 @@ class TitansLM(nn.Module):
         inputs: list[Tensor] | None = None,
     ) -> HiddenOutput:
         """`hidden` of embeddings instead of tokens; `inputs` collects what every block is given."""
-        if state is None:
-            state = self.init_state(x.shape[0])
-        self.check_state(state, x.shape[0])
-        position = state.position + x.shape[1]
+        pasts: tuple[State | None, ...] = (None,) * len(self.blocks)
+        position = x.shape[1] * (1 if self.peers is None else self.peers.count)
+        if state is not None:
+            self.check_state(state, x.shape[0])
+            pasts, position = state.blocks, state.position + position
         after, records = [], []
-        for block, past in zip(self.blocks, state.blocks, strict=True):
+        for block, past in zip(self.blocks, pasts, strict=True):
             if inputs is not None:
                 inputs.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, new, record = checkpoint(block, x, past, write, use_reentrant=False)
+                x, new, record = checkpoint(block, x, past, write, self.peers, use_reentrant=False)
             else:
-                x, new, record = block(x, past, write)
+                x, new, record = block(x, past, write, self.peers)
             after.append(new)
             records.append(record)
-        new_state = ModelState(
-            blocks=tuple(after), position=position, config_hash=state.config_hash
-        )
+        new_state = ModelState(blocks=tuple(after), position=position, config_hash=self.config_hash)
+        if self.peers is not None:
+            new_state = self.peers.last(new_state)
         return HiddenOutput(self.norm(x), new_state, records)
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -221,19 +252,24 @@ class TitansLM(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in names
         }
-        config = json.dumps(to_dict(self.config))
-        metadata = {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
-            "config": config,
-            "sha256": digest(tensors, config),
-        }
-        write_safetensors(Path(path), tensors, metadata)
+        write_model(path, self.config, tensors)
 
     @property
     def parameter_count(self) -> int:
         """Distinct parameters; tied embeddings count once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def write_model(path: str | Path, config: TitansConfig, tensors: dict[str, Tensor]) -> None:
+    """The file of `TitansLM.save` from a model's parameters, by name."""
+    content = json.dumps(to_dict(config))
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "config": content,
+        "sha256": digest(tensors, content),
+    }
+    write_safetensors(Path(path), tensors, metadata)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
 from titans.models.parts import PersistentTokens
 from titans.state import State
@@ -32,7 +33,11 @@ class LMMMixer(nn.Module):
         return LMMState(memory=memory)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: LMMState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: LMMState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], LMMState, MemoryRecord]:
-        y, memory, record = self.memory.run(x, state.memory, write)
+        y, memory, record = self.memory.run(x, state.memory, write, peers)
         return y, LMMState(memory=memory), record

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers
 from titans.layers.attention import SlidingWindowAttention, WindowState
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
 from titans.models.parts import Combine, PersistentTokens
@@ -42,9 +43,13 @@ class MAGMixer(nn.Module):
         return MAGState(memory=memory, attention=self.attention.init_state(prefix))
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: MAGState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: MAGState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], MAGState, MemoryRecord]:
-        y, attention = self.attention(x, state.attention)
-        m, memory, record = self.memory.run(x, state.memory, write)
+        y, attention = self.attention(x, state.attention, peers)
+        m, memory, record = self.memory.run(x, state.memory, write, peers)
         o = self.output(self.combine(y, m))
         return o, MAGState(memory=memory, attention=attention), record

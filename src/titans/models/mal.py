@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers
 from titans.layers.attention import SlidingWindowAttention, WindowState
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
 from titans.models.parts import PersistentTokens
@@ -44,9 +45,13 @@ class MALMixer(nn.Module):
         return MALState(memory=memory, attention=self.attention.init_state(self.norm(y)))
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: MALState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: MALState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], MALState, MemoryRecord]:
-        read, memory, record = self.memory.run(x, state.memory, write)
+        read, memory, record = self.memory.run(x, state.memory, write, peers)
         y = x + read
-        o, attention = self.attention(self.norm(y), state.attention)
+        o, attention = self.attention(self.norm(y), state.attention, peers)
         return read + o, MALState(memory=memory, attention=attention), record

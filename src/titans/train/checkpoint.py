@@ -8,6 +8,9 @@
         memory-0.safetensors   what part 0 of the batch remembers, in the middle of a document
         training.json          step, number of memories; the last file to be written
 
+Where several processes train together, `titans.train.sharded` writes other files beside
+`model.safetensors` and `training.json`.
+
 No state of a random generator is in it: after the initial weights nothing draws from one, and
 the data of a step is a function of the seed and the step.
 """
@@ -18,6 +21,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +36,14 @@ from titans.train.optim import build_optimizers
 
 FORMAT = "titans-checkpoint"
 FORMAT_VERSION = 1
+SHARDED_VERSION = 2
 CONFIG, MODEL, OPTIMIZER, INDEX = (
     "config.toml",
     "model.safetensors",
     "optimizer.safetensors",
     "training.json",
 )
+SHARDS = "shards"
 
 
 @dataclass
@@ -45,13 +51,15 @@ class Training:
     """All that a run carries from one step to the next.
 
     step: optimizer steps taken. memories: in the middle of a document, what each part of the
-    batch remembers of it; empty where the next step begins a new one.
+    batch remembers of it; empty where the next step begins a new one. reader: what reads a
+    segment in the model's stead where gradients are shared with other processes.
     """
 
     model: TitansLM
     optimizers: dict[str, Optimizer]
     step: int = 0
     memories: list[ModelState] = field(default_factory=list)
+    reader: Any = None
 
 
 def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
@@ -91,14 +99,12 @@ def latest(run_folder: str | Path) -> Path | None:
 
 def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
     """Write a checkpoint beside the others, whole or not at all; the `keep` newest stay."""
-    folder = run_folder / "checkpoints" / f"step-{training.step:06d}"
-    folder.parent.mkdir(exist_ok=True)
-    for leftover in folder.parent.glob(".step-*"):
-        shutil.rmtree(leftover)
-    scratch = folder.with_name(f".{folder.name}")
-    scratch.mkdir()
+    scratch = open_scratch(run_folder, training.step)
     training.model.save(scratch / MODEL)
-    tensors = optimizer_tensors(training)
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in optimizer_tensors(training).items()
+    }
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "sha256": digest(tensors, "")}
     write_safetensors(scratch / OPTIMIZER, tensors, metadata)
     for number, memory in enumerate(training.memories):
@@ -109,6 +115,28 @@ def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
         "step": training.step,
         "memories": len(training.memories),
     }
+    return publish(scratch, index, keep)
+
+
+def scratch_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it has its name."""
+    return run_folder / "checkpoints" / f".step-{step:06d}"
+
+
+def open_scratch(run_folder: Path, step: int) -> Path:
+    """That folder, empty; what killed processes left is removed."""
+    scratch = scratch_folder(run_folder, step)
+    scratch.parent.mkdir(exist_ok=True)
+    for leftover in scratch.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
+    scratch.mkdir()
+    return scratch
+
+
+def publish(scratch: Path, index: dict[str, Any], keep: int) -> Path:
+    """Complete a checkpoint with its index, give it its name, and drop older ones."""
+    folder = scratch.with_name(scratch.name[1:])
+    run_folder = folder.parent.parent
     write_text(scratch / INDEX, json.dumps(index) + "\n")
     if folder.exists():  # damaged, or `latest` had found it
         shutil.rmtree(folder)
@@ -116,7 +144,7 @@ def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
     sync(folder.parent)
     found = checkpoints(run_folder)
     # A later step is what a run left that was resumed from before it.
-    staying = [f for f in found if step_of(f) <= training.step][-keep:]
+    staying = [f for f in found if step_of(f) <= index["step"]][-keep:]
     for old in found:
         if old not in staying:
             # Under a hidden name first: a deletion cut short must not look like a checkpoint.
@@ -157,11 +185,12 @@ def optimizer_tensors(training: Training) -> dict[str, Tensor]:
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 assert isinstance(value, Tensor), f"{kind} keeps {key}, which is no tensor"
-                tensors[f"{kind}/{names[id(parameter)]}/{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{kind}/{names[id(parameter)]}/{key}"] = value
     return tensors
 
 
-def restore_optimizers(training: Training, tensors: dict[str, Tensor], path: Path) -> None:
+def restore_optimizers(training: Training, tensors: dict[str, Tensor], path: Path | str) -> None:
+    """The other way; `tensors` is emptied. ValueError naming `path` for one that has no place."""
     names = {id(p): name for name, p in training.model.named_parameters()}
     for kind, optimizer in training.optimizers.items():
         content = optimizer.state_dict()
@@ -177,10 +206,12 @@ def restore_optimizers(training: Training, tensors: dict[str, Tensor], path: Pat
 
 
 def read_index(path: Path) -> dict[str, int]:
+    """step and memories; of a sharded checkpoint the rows that memories are of. version."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        known = index["format"] == FORMAT and index["version"] == FORMAT_VERSION
-        numbers = {"step": int(index["step"]), "memories": int(index["memories"])}
+        versions = (FORMAT_VERSION, SHARDED_VERSION)
+        known = index["format"] == FORMAT and index["version"] in versions
+        numbers = {key: int(index[key]) for key in ("version", "step", "memories")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     if not known:
@@ -191,12 +222,19 @@ def read_index(path: Path) -> dict[str, int]:
     return numbers
 
 
+def is_sharded(folder: Path) -> bool:
+    """Did several processes write this checkpoint?"""
+    return read_index(folder / INDEX)["version"] == SHARDED_VERSION
+
+
 def missing_file(folder: Path) -> Path | None:
     """The first file that a checkpoint lacks."""
-    names = [INDEX, MODEL, OPTIMIZER]
-    if (folder / INDEX).is_file():
+    names = [INDEX, MODEL]
+    if (folder / INDEX).is_file() and is_sharded(folder):
+        names.append(f"{SHARDS}/.metadata")
+    elif (folder / INDEX).is_file():
         count = read_index(folder / INDEX)["memories"]
-        names += [f"memory-{number}.safetensors" for number in range(count)]
+        names += [OPTIMIZER, *(f"memory-{number}.safetensors" for number in range(count))]
     return next((folder / name for name in names if not (folder / name).is_file()), None)
 
 

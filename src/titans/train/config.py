@@ -228,6 +228,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """What the processes that torchrun starts do for each other. It changes no loss but by
+    rounding: a run may be resumed with other settings here and with another number of them."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds all weights. fsdp: each holds its share of the weights, gradients
+    and moments, and has the others' while it computes a block (FSDP2)."""
+    shard: int = 0
+    """fsdp: processes that hold one copy of the weights together, for instance those of one
+    machine; 0 for all."""
+    sequence: int = 1
+    """Processes that share the tokens of a text (docs/distributed.md). The others split the
+    rows of a batch."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sequence")
+        if self.shard < 0 or (self.shard and self.strategy != "fsdp"):
+            raise ValueError(
+                f"distributed.shard must be 0, or a number of processes with strategy 'fsdp', "
+                f"got {self.shard} with {self.strategy!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run; `load_toml(path, RunConfig)` reads one."""
 
@@ -235,10 +259,10 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        longest = max(length for stage in self.data.curriculum() for length in stage.lengths)
-        longest = self.data.length if self.data.task == "text" else longest
+        longest = self.longest
         if self.train.tokens_per_batch < longest:
             raise ValueError(
                 f"train.tokens_per_batch ({self.train.tokens_per_batch}) must hold a row of "
@@ -250,6 +274,23 @@ class RunConfig:
                 f"train.accumulate ({self.train.accumulate}) must not exceed the {rows} rows of "
                 "a batch"
             )
+        uneven = [n for n in self.lengths if n % self.distributed.sequence]
+        if uneven:
+            raise ValueError(
+                f"distributed.sequence ({self.distributed.sequence}) must divide the tokens of "
+                f"every row, got rows of {uneven[0]}"
+            )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that a row may have, over all stages."""
+        if self.data.task == "text":
+            return [self.data.length]
+        return [length for stage in self.data.curriculum() for length in stage.lengths]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
 
 def require_share(name: str, value: float) -> None:
@@ -277,7 +318,11 @@ def expand_paths(paths: tuple[str, ...]) -> list[Path]:
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:
-    """`key: a in one, b in the other` for the first field that differs, None if they are equal."""
+    """`key: a in one, b in the other` for the first field that differs, None if they are equal.
+
+    `distributed` does not count: it says how a run is computed, not what.
+    """
+    other = dataclasses.replace(other, distributed=one.distributed)
     left, right = flatten(to_dict(one)), flatten(to_dict(other))
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):

@@ -9,17 +9,19 @@ from titans.models.lm import TitansLM
 from titans.train.batches import Batches
 from titans.train.config import RunConfig
 from titans.train.objective import read_segment
+from titans.train.processes import ALONE, Processes
 
 
 @torch.no_grad()
 def evaluate(
-    model: TitansLM, batches: Batches, config: RunConfig, in_bytes: bool
+    model: TitansLM, batches: Batches, config: RunConfig, in_bytes: bool, here: Processes = ALONE
 ) -> dict[str, float]:
     """Metrics over `eval_batches` batches, each a window of all its segments.
 
     Task text: `valid_loss` in nats per token, and bits per byte (the end of a document counts as
     a byte) or perplexity. The other tasks: the training loss, and the shares of the answers'
-    tokens and of whole answers recalled, each token after the true ones before it.
+    tokens and of whole answers recalled, each token after the true ones before it. The same on
+    every process, of whom each reads its share.
     """
     device = next(model.parameters()).device
     segments = config.data.segments
@@ -27,18 +29,20 @@ def evaluate(
     recalled: list[torch.Tensor] = []
     memory = None
     for number in range(config.train.eval_batches * segments):
-        batch = Batch(*(column.to(device) for column in batches.batch(number)))
+        batch = batches.batch(number)
         if number % segments == 0:
             memory = None
-        segment = read_segment(model, batch, memory, config.train.precision)
+        own = Batch(*(column.to(device) for column in here.share(batch)))
+        segment = read_segment(model, own, memory, config.train.precision)
         memory = segment.state
         if config.data.task != "text":
-            loss += float((segment.nll * batch.weights).sum())
-            hits = segment.logits.argmax(-1) == batch.labels
-            recalled.append(recall(hits.cpu(), batch.answers.cpu()))
+            loss += float((segment.nll * own.weights).sum())
+            hits = segment.logits.argmax(-1) == own.labels
+            recalled.append(recall(here.whole(hits), batch.answers))
         else:
             loss += float(segment.nll.double().sum())
-            tokens += int((batch.weights > 0).sum())
+            tokens += int((own.weights > 0).sum())
+    loss, count = here.total(loss, float(tokens))
     if config.data.task != "text":
         right, asked = torch.stack(recalled).sum(0).T
         return {
@@ -46,7 +50,7 @@ def evaluate(
             "valid_token_recall": (right[0] / asked[0]).item(),
             "valid_answer_recall": (right[1] / asked[1]).item(),
         }
-    loss /= max(tokens, 1)
+    loss /= max(count, 1)
     if in_bytes:
         return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2.0)}
     return {"valid_loss": loss, "valid_perplexity": torch.tensor(loss).exp().item()}

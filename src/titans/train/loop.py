@@ -5,13 +5,16 @@
 A document may be longer than one step's graph: then its segments are read one a step, and what
 the model remembers goes along, without its gradient (truncated backpropagation through time).
 A run that is killed and resumed gives the losses of one that was not; on a CPU, bit for bit.
+Started by torchrun, each process has its share of every batch: `titans.train.processes`.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +24,13 @@ from titans.data.facts import Batch
 from titans.models.lm import TitansLM, load
 from titans.state import ModelState
 from titans.train.batches import Data, open_data
-from titans.train.checkpoint import Training, load_checkpoint, open_run, save_checkpoint
+from titans.train.checkpoint import (
+    Training,
+    is_sharded,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+)
 from titans.train.config import RunConfig, expand_paths, write_cost_at
 from titans.train.evaluate import evaluate
 from titans.train.metrics import Logger, MetricsFile, Row, open_loggers, require_loggers
@@ -34,19 +43,23 @@ from titans.train.objective import (
     split_rows,
 )
 from titans.train.optim import build_optimizers, schedule, set_learning_rate
+from titans.train.processes import ALONE, Processes, processes, spread, summing
+from titans.train.sharded import join_rows, load_sharded, own_memory, save_sharded
 from titans.train.signals import StopRequest, stop_request
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """How a run ended. step: steps taken. finished: False if a signal stopped it before the
-    last. metrics: its last row. checkpoint: the newest."""
+    last. metrics: its last row. checkpoint: the newest. first: is this the run's only process,
+    or the one of several that speaks for all?"""
 
     folder: Path
     step: int
     finished: bool
     metrics: Row
     checkpoint: Path
+    first: bool = True
 
 
 def train(
@@ -63,23 +76,26 @@ def train(
     folder = Path(folder)
     with thread_count(config.train.threads), ExitStack() as stack:
         device = choose_device(config.train.device)
+        here = stack.enter_context(processes(config, device))
         # All that can be refused is tried before the run's folder is made.
         data = open_data(config)
         require_loggers(config.train.log)
         training = new_training(config, device)
-        start = open_run(folder, config, resume)
-        if start is not None:
-            training = load_checkpoint(start, config, device)
+        start = here.on_first(lambda: open_run(folder, config, resume))
+        training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
-        file = MetricsFile(folder, training.step)
-        loggers: list[Logger] = [stack.enter_context(closing(file))]
-        for logger in open_loggers(config, folder, training.step, progress):
-            loggers.append(stack.enter_context(closing(logger)))
+        file: MetricsFile | None = None
+        loggers: list[Logger] = []
+        if here.first:
+            file = MetricsFile(folder, training.step)
+            loggers = [stack.enter_context(closing(file))]
+            for logger in open_loggers(config, folder, training.step, progress):
+                loggers.append(stack.enter_context(closing(logger)))
         stop = stack.enter_context(stop_request())
-        checkpoint = run_steps(training, data, config, folder, loggers, stop) or start
+        checkpoint = run_steps(training, data, config, folder, loggers, stop, here) or start
     assert checkpoint is not None
     finished = training.step == config.train.steps
-    if not finished:
+    if not finished and here.first:
         print(
             f"stopped after step {training.step}; train with the same config and folder to go "
             f"on from {checkpoint}",
@@ -89,9 +105,29 @@ def train(
         folder=folder,
         step=training.step,
         finished=finished,
-        metrics=file.last,
+        metrics={} if file is None else file.last,
         checkpoint=checkpoint,
+        first=here.first,
     )
+
+
+def resume_training(
+    fresh: Training,
+    start: Path | None,
+    config: RunConfig,
+    device: torch.device,
+    here: Processes,
+) -> Training:
+    """The training of this process, from the checkpoint `start` or, without one, `fresh`."""
+    if start is not None and is_sharded(start):
+        training = spread(fresh, config, here)
+        load_sharded(start, training, config.train.accumulate, here)
+        return training
+    training = fresh if start is None else load_checkpoint(start, config, device)
+    if training.memories and not here.alone:
+        whole = join_rows(training.memories)
+        training.memories = own_memory(whole, config.train.accumulate, here)
+    return spread(training, config, here)
 
 
 def new_training(config: RunConfig, device: torch.device) -> Training:
@@ -116,50 +152,63 @@ def run_steps(
     folder: Path,
     loggers: list[Logger],
     stop: StopRequest,
+    here: Processes = ALONE,
 ) -> Path | None:
     """Step until the last one or until asked to stop; the newest checkpoint written."""
-    steps, device = config.train.steps, next(training.model.parameters()).device
+    steps = config.train.steps
     checkpoint = None
     stopping = training.step == steps
     while not stopping:
         began = time.perf_counter()
         split = data.at(training.step)
-        batch = Batch(*(column.to(device) for column in split.train.batch(training.step)))
-        row = take_step(training, batch, config)
+        batch = split.train.batch(training.step)
+        row = take_step(training, batch, config, here)
         row["tokens_per_s"] = batch.tokens.numel() / (time.perf_counter() - began)
         last = training.step == steps
         if split.valid is not None and due(training.step, config.train.eval_every, last):
-            row |= evaluate(training.model, split.valid, config, data.in_bytes)
+            row |= evaluate(training.model, split.valid, config, data.in_bytes, here)
         check_metrics(row)
         for logger in loggers:
             logger.write(row)
-        stopping = last or stop.made
+        stopping = last or here.any(stop.made)
         if stopping or due(training.step, config.train.checkpoint_every, last):
             check_parameters(training.step, training.model)
-            checkpoint = save_checkpoint(folder, training, config.train.keep_checkpoints)
+            keep = config.train.keep_checkpoints
+            if here.alone:
+                checkpoint = save_checkpoint(folder, training, keep)
+            else:
+                checkpoint = save_sharded(folder, training, keep, here, len(batch.tokens))
     return checkpoint
 
 
-def take_step(training: Training, batch: Batch, config: RunConfig) -> dict[str, int | float]:
-    """One optimizer step on one segment; its metrics."""
+def take_step(
+    training: Training, batch: Batch, config: RunConfig, here: Processes = ALONE
+) -> dict[str, int | float]:
+    """One optimizer step on one segment of the whole batch; its metrics."""
     model, train, step = training.model, config.train, training.step + 1
     factor = schedule(training.step, train.steps, config.optimizer)
     write_cost = write_cost_at(config, training.step)
     set_learning_rate(training.optimizers, factor)
     model.zero_grad()
-    parts = split_rows(batch, train.accumulate)
+    device = next(model.parameters()).device
+    own = Batch(*(column.to(device) for column in here.share(batch)))
+    parts = split_rows(own, here.parts(len(batch.tokens), train.accumulate))
     past: list[ModelState] | list[None] = training.memories or [None] * len(parts)
     loss, opened, memories = 0.0, 0.0, []
+    read = partial(read_segment, model) if training.reader is None else training.reader
     for part, memory in zip(parts, past, strict=True):
-        share = len(part.tokens) / len(batch.tokens)
-        segment = read_segment(model, part, memory, train.precision)
-        # The weights are those of the whole batch, so the parts' losses add up to its mean.
-        part_loss = (segment.nll * part.weights).sum()
-        check_segment(step, model, part_loss, segment.state)
-        (part_loss + write_cost * share * segment.open).backward()
+        share = part.tokens.numel() / batch.tokens.numel()
+        with summing(training, last=part is parts[-1]):
+            segment = read(part, memory, train.precision)
+            # The weights are those of the whole batch, so the parts' losses add up to its mean.
+            part_loss = (segment.nll * part.weights).sum()
+            check_segment(step, model, part_loss, segment.state)
+            # DDP and FSDP take the mean of the processes' gradients, which are to be added up.
+            (here.count * (part_loss + write_cost * share * segment.open)).backward()
         loss += part_loss.item()
         opened += share * segment.open.item()
         memories.append(carry(segment.state))
+    loss, opened = here.total(loss, opened)
     norm = clip_gradient(step, model, train.clip)
     for optimizer in training.optimizers.values():
         optimizer.step()
@@ -187,6 +236,8 @@ def clip_gradient(step: int, model: TitansLM, limit: float) -> float:
     """Scale the whole gradient to a norm of at most `limit` (0: leave it); the norm before."""
     gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # of shards
+        norm = norm.full_tensor()
     check_gradient(step, model, norm)
     if limit:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
@@ -201,6 +252,8 @@ def due(step: int, every: int, last: bool) -> bool:
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

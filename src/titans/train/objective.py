@@ -90,5 +90,6 @@ def check_metrics(row: Mapping[str, int | float]) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """One answer, so that a GPU is waited for once."""
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+    """One answer, so that a GPU is waited for once; of this process's shards alone."""
+    held = [getattr(t, "_local_tensor", t) for t in tensors]
+    return bool(torch.stack([torch.isfinite(t).all() for t in held]).all())

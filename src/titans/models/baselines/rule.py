@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers
 from titans.layers.memory import MemoryRecord, NeuralMemory
 from titans.models.lmm import LMMState
 
@@ -19,7 +20,11 @@ class RuleMixer(nn.Module):
         return LMMState(memory=self.memory.init_state(batch_size))
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: LMMState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: LMMState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], LMMState, MemoryRecord]:
-        y, memory, record = self.memory.run(x, state.memory, write)
+        y, memory, record = self.memory.run(x, state.memory, write, peers)
         return y, LMMState(memory=memory), record

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers
 from titans.layers.attention import SlidingWindowAttention, WindowState
 from titans.models.parts import PersistentTokens
 from titans.state import State
@@ -30,7 +31,11 @@ class SlidingMixer(nn.Module):
         return SlidingState(attention=self.attention.init_state(self.persistent(batch_size)))
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: SlidingState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: SlidingState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], SlidingState, None]:
-        y, attention = self.attention(x, state.attention)
+        y, attention = self.attention(x, state.attention, peers)
         return y, SlidingState(attention=attention), None

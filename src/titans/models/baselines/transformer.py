@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans.config import TitansConfig
+from titans.distributed import Peers, check_heads
 from titans.layers.attention import rotate
 from titans.state import State
 
@@ -36,11 +37,19 @@ class TransformerMixer(nn.Module):
         return CacheState(keys=empty, values=empty.clone())
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: CacheState, write: bool = True
+        self,
+        x: Float[Tensor, "b t d"],
+        state: CacheState,
+        write: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[Float[Tensor, "b t d"], CacheState, None]:
         """write is for memories: what was read is in the cache with either."""
         q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
-        past, length = state.keys.shape[2], x.shape[1]
+        if peers is not None:  # all tokens of some of the heads
+            check_heads(self.heads, peers)
+            q, k, v = (peers.to_heads(part.transpose(1, 2)).transpose(1, 2) for part in (q, k, v))
+            state = state.map(lambda part: peers.own(part, 1))
+        past, length = state.keys.shape[2], q.shape[2]
         positions = torch.arange(past, past + length, device=x.device)
         q, k = (rotate(part, positions, self.rope_base) for part in (q, k))
         k = torch.cat([state.keys.to(k.dtype), k], 2)
@@ -50,4 +59,7 @@ class TransformerMixer(nn.Module):
             mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)
         after = CacheState(keys=k.to(state.keys.dtype), values=v.to(state.values.dtype))
+        if peers is not None:
+            y = peers.to_tokens(y.transpose(1, 2)).transpose(1, 2)
+            after = after.map(lambda part: peers.gather(part, 1))
         return self.output(rearrange(y, "b h t d -> b t (h d)")), after, None

@@ -1,0 +1,96 @@
+"""A model file of `TitansLM.save` <-> a folder that transformers loads; the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer
+from titans.hf.model import TitansForCausalLM
+from titans.models.lm import TitansLM
+
+
+def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write weights, configuration and code, and the tokenizer if one is given.
+
+    Raises ValueError for a file in the folder's place, or a tokenizer with ids that the model
+    does not know.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder to write")
+    given: dict[str, Any] = {}
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
+                f"the model's vocabulary is {model.config.vocab_size}"
+            )
+        given = {"eos_token_id": tokenizer.end_of_document}
+    TitansForCausalLM.from_titans(model, **given).save_pretrained(folder)
+    if tokenizer is not None:
+        for_transformers(tokenizer).save_pretrained(folder)
+
+
+def to_file(folder: str | Path, path: str | Path) -> TitansLM:
+    """Write the model of a folder, which is returned, as one file; see `from_folder`."""
+    model = from_folder(folder)
+    model.save(path)
+    return model
+
+
+def from_folder(folder: str | Path) -> TitansLM:
+    """The model in a folder of `save_pretrained`, in the precision it has there.
+
+    Raises ValueError of one line for a folder without a whole Titans model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no config.json of a Titans model")
+    try:
+        loaded: Any = TitansForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder}: not a readable model ({str(error).splitlines()[0]})") from None
+    wrapped, report = loaded
+    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+    if wrong:
+        raise ValueError(f"{folder}: weights do not fit the config ({wrong[0]})")
+    return wrapped.model
+
+
+def for_transformers(tokenizer: Tokenizer) -> Any:
+    """The tokenizer as transformers loads it with `AutoTokenizer`, with the same ids."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, BPETokenizer):
+        inner = tokenizers.Tokenizer.from_str(tokenizer.rules)
+    else:
+        inner = byte_level(tokenizer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def byte_level(tokenizer: Tokenizer) -> Any:
+    """A BPE without merges, whose 256 letters are the bytes in order."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = {letter_of(byte): byte for byte in range(256)}
+    inner = tokenizers.Tokenizer(models.BPE(letters | {END_OF_TEXT: 256}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def letter_of(byte: int) -> str:
+    """The character that stands for a byte in byte-level vocabularies: itself if it prints, else
+    the next one from U+0100 on."""
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in prints:
+        return chr(byte)
+    return chr(256 + [b for b in range(256) if b not in prints].index(byte))

@@ -1,0 +1,160 @@
+"""Checkpoints that several processes write together, and any number of them goes on from.
+
+shards/                        weights and moments, by torch.distributed.checkpoint: every
+                               process writes what it holds, as `model/name` and
+                               `optimizer/name/key`
+memory-000000-000004.safetensors   what these rows of the batch remember
+model.safetensors              the whole model once more, for `titans.load`
+training.json                  step, rows; the last file to be written
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titans.models.lm import TitansLM, write_model
+from titans.state import ModelState
+from titans.train.checkpoint import (
+    FORMAT,
+    INDEX,
+    MODEL,
+    SHARDED_VERSION,
+    SHARDS,
+    Training,
+    open_scratch,
+    optimizer_tensors,
+    publish,
+    read_index,
+    restore_optimizers,
+    scratch_folder,
+)
+from titans.train.processes import Processes
+
+
+def save_sharded(
+    run_folder: Path, training: Training, keep: int, here: Processes, rows: int
+) -> Path:
+    """As `save_checkpoint`, by all processes at once. rows: of the batch."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(training.model, FSDPModule):  # after an evaluation it holds gathered weights
+        training.model.reshard()
+    scratch = scratch_folder(run_folder, training.step)
+    here.on_first(lambda: str(open_scratch(run_folder, training.step)))
+    parameters = {f"model/{name}": p.detach() for name, p in training.model.named_parameters()}
+    dcp.save(parameters | optimizer_tensors(training), checkpoint_id=scratch / SHARDS)
+    if training.memories and (here.peers is None or here.peers.rank == 0):
+        begin, end = here.rows(rows)
+        name = f"memory-{begin:06d}-{end:06d}.safetensors"
+        join_rows(training.memories).save(scratch / name)
+    export(training.model, scratch / MODEL, here)
+    here.barrier()
+    index = {
+        "format": FORMAT,
+        "version": SHARDED_VERSION,
+        "step": training.step,
+        "memories": rows if training.memories else 0,
+    }
+    return Path(here.on_first(lambda: str(publish(scratch, index, keep))))
+
+
+def export(model: TitansLM, path: Path, here: Processes) -> None:
+    """The whole model as one file; every process gives its shards, the first writes."""
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        held = parameter.detach()
+        held = held.full_tensor() if isinstance(held, DTensor) else held
+        if here.first:
+            whole[name] = held.cpu().contiguous()
+    if here.first:
+        write_model(path, model.config, whole)
+
+
+def load_sharded(folder: Path, training: Training, accumulate: int, here: Processes) -> None:
+    """Fill a fresh training with a checkpoint, whoever wrote it.
+
+    Raises ValueError of one line for one that is damaged or another model's.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    index = read_index(folder / INDEX)
+    reader = dcp.FileSystemReader(folder / SHARDS)
+    named = dict(training.model.named_parameters())
+    tensors = {f"model/{name}": p.detach() for name, p in named.items()}
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        for key, held in stored.items():
+            if not key.startswith("model/"):
+                parameter = named[key.split("/")[1]]
+                shape = getattr(held, "size", None)
+                tensors[key] = (
+                    torch.zeros_like(parameter, requires_grad=False)
+                    if shape == parameter.shape
+                    else torch.zeros(shape or ())
+                )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant
+            dcp.load(tensors, storage_reader=reader, no_dist=here.alone)
+    except (CheckpointException, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ValueError(f"{folder / SHARDS}: cannot be read ({reason[0]})") from None
+    moments = {key: value for key, value in tensors.items() if not key.startswith("model/")}
+    restore_optimizers(training, moments, folder / SHARDS)
+    training.step = index["step"]
+    if index["memories"]:
+        begin, end = here.rows(index["memories"])
+        device = next(training.model.parameters()).device
+        own = load_rows(folder, begin, end, device)
+        training.memories = split_memory(own, here.parts(index["memories"], accumulate))
+
+
+def load_rows(folder: Path, begin: int, end: int, device: torch.device) -> ModelState:
+    """What rows begin ... end remember, from the files that have some of them."""
+    found, row = [], begin
+    for path in sorted(folder.glob("memory-*.safetensors")):
+        match = re.fullmatch(r"memory-(\d+)-(\d+)\.safetensors", path.name)
+        if match is None:
+            continue
+        first, last = (int(number) for number in match.groups())
+        if first <= row < last and row < end:
+            stop = min(last, end)
+            found.append(cut_rows(ModelState.load(path, device), row - first, stop - first))
+            row = stop
+    if row < end:
+        raise ValueError(f"{folder}: has no memory of row {row}")
+    return join_rows(found)
+
+
+def own_memory(whole: ModelState, accumulate: int, here: Processes) -> list[ModelState]:
+    """This process's part of what all rows remember."""
+    rows = row_count(whole)
+    return split_memory(cut_rows(whole, *here.rows(rows)), here.parts(rows, accumulate))
+
+
+def split_memory(memory: ModelState, parts: int) -> list[ModelState]:
+    """As `split_rows` splits the batch."""
+    rows = row_count(memory)
+    bounds = [part.tolist() for part in torch.arange(rows).tensor_split(min(parts, rows))]
+    return [cut_rows(memory, part[0], part[-1] + 1) for part in bounds]
+
+
+def row_count(memory: ModelState) -> int:
+    return len(next(iter(memory.tensors().values())))
+
+
+def join_rows(states: list[ModelState]) -> ModelState:
+    """States of consecutive rows as one."""
+    columns = [state.tensors() for state in states]
+    names = {id(tensor): name for name, tensor in columns[0].items()}
+    return states[0].map(lambda t: torch.cat([column[names[id(t)]] for column in columns]))
+
+
+def cut_rows(state: ModelState, begin: int, end: int) -> ModelState:
+    return state.map(lambda t: t[begin:end].clone())
