@@ -172,7 +172,7 @@ def test_save_reload_load(open_page, server, short):
 
     server.forget_all()
     other = open_page(server.url, view="#memories")
-    assert "No memories yet" in other.locator("#memory-list").inner_text()
+    other.wait_for_selector("#memory-list:has-text('No memories yet')")
     load_file(other, content)
     other.wait_for_selector(".memory")
     assert other.input_value(".memory-name") == "saved"
