@@ -25,7 +25,7 @@ from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
 from titans.evals.jobs import Row, find, read_rows, run_jobs
-from titans.evals.report import markdown_table, readable
+from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -193,7 +193,7 @@ def write_page(rows: list[Row]) -> None:
             cells = [find(tested, {"model": name, "task": task, "length": n}) for n in lengths]
             if any(cells):
                 guess = next(c["guess"] for c in cells if c)
-                shown = ["" if c is None else f"{100 * c['score']:.0f}{interval(c)}" for c in cells]
+                shown = ["" if c is None else percent(c) for c in cells]
                 table.append((f"qa{task}", *shown, f"{100 * guess:.0f}"))
         if table:
             header = ("task", *(readable(n) for n in lengths), "guess")
@@ -215,11 +215,6 @@ def write_page(rows: list[Row]) -> None:
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def interval(row: Row) -> str:
-    """The 95 % interval, where few questions were asked."""
-    return f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
 
 
 def main() -> None:

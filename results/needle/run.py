@@ -29,7 +29,7 @@ from titans.data.needle import word_list
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.jobs import Row, find, read_rows, run_jobs
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
-from titans.evals.report import markdown_table, readable
+from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -281,7 +281,7 @@ def write_page(rows: list[Row]) -> None:
             cells = []
             for n in lengths:
                 row = find(tested, {"model": name, "kind": kind, "length": n})
-                cells.append("" if row is None else f"{100 * row['score']:.0f}{interval(row)}")
+                cells.append("" if row is None else percent(row))
             if any(cells):
                 table.append((name, *cells))
                 if name in PAPER:
@@ -316,11 +316,6 @@ def write_page(rows: list[Row]) -> None:
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
     (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def interval(row: Row) -> str:
-    """The 95 % interval, where few questions were asked."""
-    return f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
 
 
 def main() -> None:

@@ -22,8 +22,6 @@ from titans.hf import TitansForCausalLM, TitansHFConfig
 from titans.hf.convert import for_transformers
 from titans.hf.folder import code_files
 
-pytestmark = pytest.mark.filterwarnings("default")
-
 
 def in_memory(model: TitansForCausalLM) -> TitansForCausalLM:
     """A copy whose weights do not lie in the file, at odd addresses there: matrix products of the

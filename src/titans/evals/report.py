@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     """Lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def percent(row: Mapping[str, Any]) -> str:
+    """A score in percent; with its 95 % interval, `low` to `high`, where under 100 were asked."""
+    few = f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
+    return f"{100 * row['score']:.0f}{few}"
 
 
 def readable(count: int) -> str:

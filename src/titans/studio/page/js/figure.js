@@ -53,7 +53,7 @@ const FIGURES = {
       ],
       [
         "y_{t} = Attn(S̃_{t})",
-        "Attention decides what of the past matters now (eq. 23).",
+        "Attention decides what of the past matters now (eq. 23); here it is added to the segment.",
         ["attention", "y"],
         ["down1", "down2", "down3", "attend"],
       ],
