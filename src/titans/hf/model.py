@@ -47,6 +47,9 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TitansHFConfig) -> None:
         super().__init__(config)
+        if torch.get_default_dtype() == torch.float64:
+            # The first releases of 5 would cast what is listed above down.
+            self.dtype_plan: dict[str, torch.dtype] = {}
         self.model = TitansLM(config.to_titans())
         self.post_init()
 
