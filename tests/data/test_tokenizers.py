@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titans.data.tokenizers import (
+    CODES,
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
@@ -62,6 +63,23 @@ def test_bpe_learns_and_comes_back_from_its_file(bpe):
     assert (again.vocab_size, again.end_of_document) == (bpe.vocab_size, bpe.end_of_document)
     assert 257 < bpe.vocab_size <= 280
     assert len(bpe.encode(text)) < len(text.encode())
+
+
+def test_letters_and_digits_of_codes_stand_alone(tmp_path):
+    """The same tokens after any word, whether the code starts with a letter or a digit."""
+    texts = ["it is bead food or deaf: f0d5beadab12-44ad is 9f0 "] * 50
+    joined = BPETokenizer.train(texts, 320, tmp_path / "joined.json")
+    apart = BPETokenizer.train(texts, 320, tmp_path / "apart.json", isolate=CODES)
+    assert " f" in pieces(joined, "is f0d5beadab12")
+    for code in ("f0d5beadab12", "9f0", "1234567"):
+        assert pieces(apart, f"it is {code} or") == ["it", " is", " ", *code, " or"]
+        assert pieces(apart, f"or deaf: {code}")[-len(code) - 1 :] == [" ", *code]
+    assert " bead" in pieces(apart, "it is bead food")  # words are not codes
+    assert pieces(load_tokenizer(apart.name), "it 9f0") == ["it", " ", *"9f0"]
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
 
 
 def test_a_text_cannot_spell_the_end_of_its_document(bpe):

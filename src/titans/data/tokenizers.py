@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 END_OF_TEXT = "<|endoftext|>"
+# Letters and digits of codes such as 9f0d: a digit stands further on in the word or right before.
+CODES = r"[\p{L}\p{N}](?=\p{L}*\p{N})|(?<=\p{N})[\p{L}\p{N}]|\p{N}"
 _WHOLE_LINES = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 
 
@@ -99,12 +101,19 @@ class BPETokenizer:
         return cls(tokenizer, str(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "BPETokenizer":
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        path: str | Path,
+        isolate: str | None = None,
+    ) -> "BPETokenizer":
         """Learns a byte-level BPE from `texts` and writes it to `path`.
 
         Any text round-trips, since all 256 bytes are in the vocabulary. A small corpus can yield
-        fewer than `vocab_size` tokens; the result's `vocab_size` says how many there are. The
-        folder of `path` must exist.
+        fewer than `vocab_size` tokens; the result's `vocab_size` says how many there are. What the
+        regular expression `isolate` matches (`CODES`, say) shares no token with what is around it,
+        not even the space before it. The folder of `path` must exist.
         """
         library = _library()
         if vocab_size < 257:
@@ -114,7 +123,13 @@ class BPETokenizer:
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist")
         tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = library.pre_tokenizers
+        words = pieces.ByteLevel(add_prefix_space=False)
+        if isolate is None:
+            tokenizer.pre_tokenizer = words
+        else:
+            apart = pieces.Split(library.Regex(isolate), "isolated")
+            tokenizer.pre_tokenizer = pieces.Sequence([apart, words])
         tokenizer.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size,
