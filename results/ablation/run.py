@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.evals.ablation import PARTS, AblationConfig, at_chunk, bits_per_byte, train_part
-from titans.evals.jobs import find, read_rows, run_jobs
+from titans.evals.jobs import find, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table
 from titans.models.lm import load
 
@@ -48,6 +48,7 @@ def read_at(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
+    rows, diverged = split_diverged(rows)
     fitted = [r for r in rows if r["table"] == "parts"]
     if not fitted:
         return
@@ -96,7 +97,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     lines.append(
         f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
     )
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def chunk_table(rows: list[dict[str, Any]]) -> list[str]:

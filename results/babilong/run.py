@@ -24,7 +24,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
-from titans.evals.jobs import Row, find, read_rows, run_jobs
+from titans.evals.jobs import Row, find, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
@@ -168,6 +168,7 @@ def test(job: Row, runs: Path, root: Path) -> Row:
 
 
 def write_page(rows: list[Row]) -> None:
+    rows, diverged = split_diverged(rows)
     trained = [r for r in rows if r["stage"] == "train"]
     tested = [r for r in rows if r["stage"] == "test"]
     if not trained:
@@ -214,7 +215,7 @@ def write_page(rows: list[Row]) -> None:
     )
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def main() -> None:

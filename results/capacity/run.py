@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.recall import RecallConfig, recall
 from titans.evals.report import markdown_table
 
@@ -46,6 +46,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
+    rows, diverged = split_diverged(rows)
     if not rows:
         return
     pairs = [cell["pairs"] for cell in rows[0]["cells"]]
@@ -76,7 +77,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"Seeds {', '.join(map(str, sorted({r['seed'] for r in rows})))}; "
         f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
     ]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def main() -> None:

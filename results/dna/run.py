@@ -30,7 +30,7 @@ from titans.evals.genome import (
     plot_contexts,
     split_genome,
 )
-from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.perplexity import PositionLoss, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -189,6 +189,7 @@ def mean_and_range(values: list[float], digits: int = 3) -> str:
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     """README.md and the plots, from the rows that are there."""
+    rows, diverged = split_diverged(rows)
     lines = [
         "# DNA: classification, and the next base of a genome",
         "",
@@ -204,7 +205,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         sorted({str(r[key]) for r in rows}) for key in ("date", "machine", "threads")
     )
     lines.append(f"{'; '.join(machines)}; threads: {', '.join(threads)}; {', '.join(dates)}.")
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def classification_page(rows: list[dict[str, Any]]) -> list[str]:

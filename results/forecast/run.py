@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_examples
-from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -66,6 +66,7 @@ def run(job: dict[str, Any], root: Path, threads: int) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
+    rows, diverged = split_diverged(rows)
     if not rows:
         return
     names = [name for name in SERIES if any(r["data"] == name for r in rows)]
@@ -140,7 +141,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         plot_examples(examples, HERE / "forecasts.png")
         lines += ["", "![forecasts against the truth](forecasts.png)"]
         lines += ["", f"Test window {SHOWN_WINDOW} of each file, seed 0: chosen before any run."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n")
 
 
 def examples_of(rows: list[dict[str, Any]]) -> list[Example]:

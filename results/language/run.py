@@ -14,6 +14,7 @@ TITANS_DATA_DIR holds `text/wikitext-2/{train,valid,test}.txt.gz` and `books/*.t
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -25,7 +26,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
-from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -183,12 +184,13 @@ def best_rates(rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]
     for name in names:
         tuned = [r for r in rows if r["stage"] == "tune" and r["model"] == name]
         if len(tuned) == len(RATES):
-            chosen[name] = min(tuned, key=lambda r: r["valid_loss"])["rate"]
+            chosen[name] = min(tuned, key=lambda r: r.get("valid_loss", math.inf))["rate"]
     return chosen
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     """README.md and the plots, from the rows that are there."""
+    rows, diverged = split_diverged(rows)
     tested = [r for r in rows if r["stage"] == "test"]
     lines = [
         "# Language modelling at one size and one number of tokens",
@@ -248,7 +250,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     lines.append(
         f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
     )
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def stream_cell(seeds: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import NOISE, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
-from titans.evals.jobs import Row, find, read_rows, run_jobs
+from titans.evals.jobs import Row, alone, find, read_rows, run_jobs, split_diverged
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
@@ -215,8 +215,9 @@ def test(job: Row, runs: Path, root: Path) -> Row:
     """One kind at one length."""
     torch.set_num_threads(1)
     path = weights(runs, job["model"])
-    if not path.exists():  # its row came from another machine
-        fit({"model": job["model"]}, runs, root)
+    with alone(runs):
+        if not path.exists():  # its row came from another machine
+            fit({"model": job["model"]}, runs, root)
     samples = samples_at(job["length"])
     config = NeedleConfig(
         kinds=(job["kind"],),
@@ -255,6 +256,7 @@ def lost(rows: list[Row], job: Row) -> bool:
 
 
 def write_page(rows: list[Row]) -> None:
+    rows, diverged = split_diverged(rows)
     if not rows:
         return
     trained = [r for r in rows if r["stage"] == "train"]
@@ -320,7 +322,7 @@ def write_page(rows: list[Row]) -> None:
             lines += [f"{cells[0].asked} questions a cell; 0 % is the beginning of the prompt."]
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 import titans
 from titans import MemoryConfig, TitansConfig, TitansLM
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import find, read_rows, run_jobs
+from titans.evals.jobs import find, read_rows, run_jobs, split_diverged
 from titans.evals.recall import fit_pairs
 from titans.evals.report import markdown_table
 
@@ -111,6 +111,7 @@ def lost(rows: list[dict[str, Any]], job: dict[str, Any]) -> bool:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
+    rows, diverged = split_diverged(rows)
     trained = {r["model"]: r for r in rows if r["stage"] == "train"}
     asked = [r for r in rows if r["stage"] == "recall"]
     lengths = sorted({r["length"] for r in asked})
@@ -142,7 +143,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         "![recall against length](recall.png)",
     ]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
     plot(asked, list(trained))
 
 

@@ -96,7 +96,8 @@ class MemoryConfig:
     """Every layer of the memory network has its own gates (NeurIPS text)."""
     learning_rate_max: float | None = None
     """Upper end of theta; the paper gives no range. None is 1, which keeps a linear memory
-    stable, and 0.1 from depth 3 on, where larger steps make the outer gradient explode."""
+    stable, and 0.1 where there is a norm or a second layer: larger steps make the gradient of the
+    outer training explode (docs/stability.md)."""
     learning_rate_init: float = 0.2
     """Initial theta as a fraction of its maximum; with gates `step` the initial dt."""
     momentum_init: float = 0.5
@@ -142,7 +143,7 @@ class MemoryConfig:
             raise ValueError(
                 f"memory.decay_rank needs a map to alpha, gates = {self.gates!r}: none"
             )
-        linear = self.depth == 1 and not self.norm
+        linear = self.linear
         if not self.learn_initial and not linear:
             raise ValueError(
                 "memory.learn_initial = false needs a linear memory (depth 1, no norm), "
@@ -176,10 +177,15 @@ class MemoryConfig:
             raise ValueError("memory.max_surprise must be positive")
 
     @property
+    def linear(self) -> bool:
+        """Is the memory one matrix, its output linear in what was written?"""
+        return self.depth == 1 and not self.norm
+
+    @property
     def learning_rate_limit(self) -> float:
         if self.learning_rate_max is not None:
             return self.learning_rate_max
-        return 1.0 if self.depth <= 2 else 0.1
+        return 1.0 if self.linear else 0.1
 
     @property
     def key_dim(self) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from titans.evals.jobs import find, read_rows, run_jobs
+from titans.evals.jobs import find, read_rows, run_jobs, split_diverged
+from titans.train.objective import NonFiniteError
 
 JOBS = [{"task": task, "seed": seed} for task in ("a", "b") for seed in (0, 1)]
 
@@ -19,6 +20,8 @@ def twice(job):
     """Importable, so that another process can run it."""
     if job["seed"] == 7:
         raise ValueError("no seven")
+    if job["seed"] == 8:
+        raise NonFiniteError("step 3: the loss is not finite")
     return {"value": 2 * job["seed"]}
 
 
@@ -44,6 +47,47 @@ def test_a_failure_keeps_what_was_finished(tmp_path, workers):
         run_jobs(path, [JOBS[0], {"task": "a", "seed": 7}, *JOBS[1:]], twice, workers=workers)
     assert find(read_rows(path), JOBS[0]) is not None
     assert len(run_jobs(path, JOBS, twice, workers=workers)) == len(JOBS)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_training_that_diverged_is_a_row_and_not_the_end(tmp_path, workers):
+    jobs = [{"task": "a", "seed": 8}, JOBS[1]]
+    rows = run_jobs(tmp_path / "results.json", jobs, twice, workers=workers)
+    assert len(rows) == 2
+    assert run_jobs(tmp_path / "results.json", jobs, ran_again) == rows
+    good, lines = split_diverged(rows)
+    assert [row["value"] for row in good] == [2]
+    assert lines == ["", "- a, 8: diverged (step 3: the loss is not finite)"]
+    assert split_diverged(good) == (good, [])
+
+
+def ran_again(job):
+    raise AssertionError(f"{job} ran again")
+
+
+def once(job):
+    """Importable; notes that it ran, and takes a while."""
+    with open(job["note"], "a") as file:
+        file.write("x")
+    time.sleep(0.3)
+    return {"value": 1}
+
+
+def test_two_processes_share_a_table_and_run_each_job_once(tmp_path):
+    code = (
+        "import test_jobs, sys; from pathlib import Path; from titans.evals.jobs import run_jobs; "
+        f"folder = Path({str(tmp_path)!r}); jobs = [dict(note=str(folder / n)) for n in 'abcdef']; "
+        "rows = run_jobs(folder / 'r.json', jobs, test_jobs.once); print(len(rows))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    ran = [run.communicate(timeout=60)[0].decode().splitlines() for run in runs]
+    assert [lines[-1] for lines in ran] == ["6", "6"]  # each has waited for the other's rows
+    assert [(tmp_path / n).read_text() for n in "abcdef"] == ["x"] * 6
+    assert len(read_rows(tmp_path / "r.json")) == 6
 
 
 def test_a_row_belongs_to_the_job_with_all_its_values():

@@ -59,10 +59,9 @@ PARTS = {
     "mag": Part("plus attention: MAG", model(variant="mag"), 25.70),
     "mal": Part("plus attention: MAL", model(variant="mal"), 25.91),
     "depth-1": Part("depth 1 (residual, norm)", memory(depth=1)),
-    # Deeper memories need smaller steps to train through; depth 2 with them tells the two apart.
-    "depth-2-slow": Part("depth 2, learning rate at most 0.1", memory(learning_rate_max=0.1)),
-    "depth-3": Part("depth 3, learning rate at most 0.1", memory(depth=3, learning_rate_max=0.1)),
-    "depth-4": Part("depth 4, learning rate at most 0.1", memory(depth=4, learning_rate_max=0.1)),
+    "depth-3": Part("depth 3", memory(depth=3)),
+    "depth-4": Part("depth 4", memory(depth=4)),
+    "fast": Part("memory's learning rate up to 1, not 0.1", memory(learning_rate_max=1.0)),
     "linear-exact": Part("linear memory, gradient of every token", memory(**LINEAR, chunk_size=1)),
     "sigmoid": Part("sigmoid gates", memory(gates="sigmoid", tie_forgetting=False)),
     "mac-sigmoid": Part(

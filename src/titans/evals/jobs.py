@@ -1,22 +1,26 @@
 """A table of results that is filled job by job, over several sessions if need be."""
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import date
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from titans.evals.report import machine, write_json
+from titans.train.objective import NonFiniteError
 
 Job = dict[str, Any]
 Row = dict[str, Any]
+POLL_S = 1.0  # how often to look whether another process has finished its job
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -61,6 +65,52 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Claims:
+    """Which jobs of a table are being run, by any process of this machine.
+
+    A job is a byte of a file, locked while it runs: a process that is killed lets go of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = os.open(folder / ".running", os.O_RDWR | os.O_CREAT)
+
+    def close(self) -> None:
+        os.close(self.file)
+
+    def take(self, job: Job) -> bool:
+        """Is it ours now? Not while another process has it."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._position(job))
+        except BlockingIOError:
+            return False
+        return True
+
+    def drop(self, job: Job) -> None:
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self._position(job))
+
+    @staticmethod
+    def _position(job: Job) -> int:
+        return int(hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12], 16)
+
+
+def attempt(function: Callable[[Job], Row], job: Job) -> Row:
+    """The row of a job. A training that diverged is a finding, not the end of the table."""
+    try:
+        return function(job)
+    except NonFiniteError as error:
+        return {"diverged": str(error)}
+
+
+def split_diverged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that have results, and a Markdown list of the others (nothing if there are none)."""
+    lines = []
+    for row in rows:
+        if "diverged" in row:
+            named = (v for k, v in row.items() if k not in ("diverged", "date", "machine"))
+            lines.append(f"- {', '.join(map(str, named))}: diverged ({row['diverged']})")
+    return [row for row in rows if "diverged" not in row], ["", *lines] if lines else []
+
+
 def run_jobs(
     path: Path, jobs: Sequence[Job], function: Callable[[Job], Row], *, workers: int = 1
 ) -> list[Row]:
@@ -68,10 +118,23 @@ def run_jobs(
 
     A job is a dict of plain values. Its row is the job, what `function` returns, and date and
     machine; it is written as soon as it is there, so that whatever stops this loses only what
-    runs. workers: jobs side by side, each in a process of its own, `function` then being
-    importable; the threads of each are its own matter. The first job that fails ends it, after
-    those that run.
+    runs. A job that raises NonFiniteError has a row that says so under `diverged`; the first
+    that fails in another way ends it, after those that run. workers: jobs side by side, each in a
+    process of its own, `function` then being importable; the threads of each are its own matter.
+    Two processes at one table share its jobs: each waits for those that the other has begun.
     """
+    with closing(Claims(path.parent)) as claims:
+        return fill(path, jobs, function, workers, claims)
+
+
+def fill(
+    path: Path,
+    jobs: Sequence[Job],
+    function: Callable[[Job], Row],
+    workers: int,
+    claims: Claims,
+) -> list[Row]:
+    """`run_jobs`, with the claims it makes."""
     rows = read_rows(path)
     waiting = [job for job in jobs if find(rows, job) is None]
 
@@ -80,11 +143,27 @@ def run_jobs(
         with alone(path.parent):  # another process may have added rows of its own
             rows[:] = [*read_rows(path), result | job | made]
             write_json(path, rows)
+        claims.drop(job)
         print(f"{len(rows)} rows:", *job.values(), flush=True)
 
-    if workers == 1:
+    def next_job() -> Job | None:
+        """One that is missing and that nobody runs, taken off the list."""
+        rows[:] = read_rows(path)
+        waiting[:] = [job for job in waiting if find(rows, job) is None]
         for job in waiting:
-            keep(job, function(job))
+            if claims.take(job):
+                if find(read_rows(path), job) is None:  # it was not finished just now
+                    waiting.remove(job)
+                    return job
+                claims.drop(job)
+        return None
+
+    if workers == 1:
+        while waiting:
+            if job := next_job():
+                keep(job, attempt(function, job))
+            elif waiting:
+                time.sleep(POLL_S)
         return rows
     # PyTorch's threads do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
@@ -92,10 +171,13 @@ def run_jobs(
         running: dict[Future[Row], Job] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    job = waiting.pop(0)
-                    running[pool.submit(function, job)] = job
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                while len(running) < workers and (job := next_job()):
+                    running[pool.submit(attempt, function, job)] = job
+                if not running:
+                    time.sleep(POLL_S)
+                    continue
+                others = POLL_S if waiting and len(running) < workers else None
+                done, _ = wait(running, timeout=others, return_when=FIRST_COMPLETED)
                 for future in done:
                     keep(running.pop(future), future.result())
         except BaseException as error:
