@@ -368,3 +368,33 @@ def test_an_error_of_ours_says_nothing_of_the_inside(c, monkeypatch) -> None:
     assert message(c.get(f"/v1/sessions/{'0' * 32}"), 500) == (
         "internal error; the server's log has the details"
     )
+    headers = c.get(f"/v1/sessions/{'0' * 32}").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+
+
+def test_a_fork_does_not_wait_for_a_read(tmp_path, model_file) -> None:
+    """It is of the last commit, whatever is being read meanwhile."""
+    app = application(tmp_path, model_file, busy_s=0.1)
+
+    async def run():
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url=BASE) as c,
+        ):
+            session = (await c.post("/v1/sessions", json={})).json()["id"]
+            await c.post(f"/v1/sessions/{session}/read", content=b"first", headers=TEXT)
+            reading = asyncio.create_task(c.post(f"/v1/sessions/{session}/read", **slow_body(0.5)))
+            await asyncio.sleep(0.2)
+            fork = await c.post("/v1/sessions", json={"fork": session})
+            assert not reading.done()
+            assert (await reading).status_code == 200
+            more = await c.post(
+                f"/v1/sessions/{fork.json()['id']}/read", content=b"!", headers=TEXT
+            )
+            return fork.json(), more.json()
+
+    fork, more = asyncio.run(run())
+    assert fork["tokens_read"] == len("first")
+    assert more["tokens_read"] == len("first!")

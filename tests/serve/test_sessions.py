@@ -415,23 +415,30 @@ def test_a_model_that_is_not_there(tmp_path, model_file) -> None:
 
 
 def test_what_extra_routes_get(c) -> None:
-    """`run`, `hold` and `replace`, as the page uses them."""
+    """`run`, `hold`, `reread` and `rewrite`, as the page uses them."""
     import numpy as np
+
+    from titans.serve.reading import reread, rewrite
 
     session = create(c)
     read(c, session, "abc")
     store = c.app.state.store
 
     async def edit():
-        async with store.hold(session):
-            found = await store.run(session, lambda model, s: (s.state, s.tokens().tolist()))
-            state, _ = found
-            after = await store.replace(session, state, np.array([97, 99]))
-        return found, after
+        async with store.hold(session) as held:
+            tokens = await store.run(session, lambda model, s: s.tokens().tolist())
+            new = await reread(store.engine, store.model_of(held), np.array([97, 99]), None)
+            await rewrite(store, held, np.array([97, 99]), new)
+        return tokens, held
 
-    (_, tokens), after = c.portal.call(edit)
+    tokens, after = c.portal.call(edit)
     assert tokens == [97, 98, 99]
     assert after.tokens().tolist() == [97, 99]
+    other = create(c)
+    read(c, other, "ac")
+    same = [c.get(f"/v1/sessions/{id}").json() for id in (session, other)]
+    assert same[0]["surprise"] == same[1]["surprise"]
+    assert same[0]["surprise"]["mean_nll"] is not None
     assert json.loads((after.folder.path / session / "session.json").read_text())["logged"] == 2
 
     async def fail():

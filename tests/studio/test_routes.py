@@ -1,6 +1,8 @@
 """The page's routes: every number is the library's, and a session changes only where it should."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -177,6 +179,43 @@ def test_erasing_takes_one_fact_and_leaves_the_others(c, session, short, model, 
     assert answer["session"]["tokens_read"] == len(rest)
     told = events(c.get(f"/studio/sessions/{session}/history"))
     assert [i for kind, p in told if kind == "piece" for i in p["ids"]] == list(rest)
+
+
+def test_after_an_erasure_the_mean_surprise_is_that_of_the_new_text(c, session, short):
+    text = short["text"].encode()
+    edited = c.post(f"/studio/sessions/{session}/erase", json={"start": 0, "stop": 50}).json()
+    fresh = c.post("/v1/sessions", json={}).json()["id"]
+    c.post(f"/v1/sessions/{fresh}/read", content=text[50:], headers=TEXT)
+    expected = c.get(f"/v1/sessions/{fresh}").json()["surprise"]
+    told = edited["session"]["surprise"]
+    assert told["mean_nll"] == pytest.approx(expected["mean_nll"], rel=1e-5)
+
+
+def test_others_are_served_while_a_long_past_is_probed(c, session, short):
+    """Reading again is done in pieces: a question to another session is answered first."""
+    text = short["text"].encode()
+    long = c.post("/v1/sessions", json={}).json()["id"]
+    c.post(f"/v1/sessions/{long}/read", content=text * (30_000 // len(text)), headers=TEXT)
+    order = []
+
+    def ask(name, url, content):
+        answer = c.post(url, json=content)
+        assert answer.status_code == 200, answer.text
+        order.append(name)
+
+    jobs = [
+        ("probe", f"/studio/sessions/{long}/probe", {"index": 29_000 - len(text)}),
+        ("ask", f"/v1/sessions/{session}/ask", {"prompt": "x", "max_tokens": 1}),
+        ("read on", f"/v1/sessions/{long}/ask", {"prompt": "x", "max_tokens": 1}),
+    ]
+    threads = [threading.Thread(target=ask, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert order[-1] == "probe"
+    assert len(order) == 3
 
 
 def test_a_passage_can_be_replaced(c, session, short):

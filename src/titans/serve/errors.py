@@ -68,5 +68,6 @@ async def answer_error(request: Request, error: Exception) -> Response:
     return to_response(error)
 
 
-ANSWERED = (ApiError, HTTPException, ClientDisconnect, ValueError, Exception)
+# What else is raised is a mistake of ours, which the guard answers and logs.
+ANSWERED = (ApiError, HTTPException, ClientDisconnect, ValueError)
 HANDLERS: Any = dict.fromkeys(ANSWERED, answer_error)

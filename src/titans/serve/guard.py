@@ -6,6 +6,7 @@ rebinding). It cannot set `Host`, `Origin` or `Sec-Fetch-Site`; so these decide.
 
 import asyncio
 import contextlib
+import logging
 import re
 import secrets
 import time
@@ -33,6 +34,9 @@ HEADERS = {
 }
 
 
+log = logging.getLogger("titans.serve")
+
+
 class ClientStalled(Exception):
     """A client takes no more bytes."""
 
@@ -51,7 +55,7 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        status, begin, received = 500, time.perf_counter(), False
+        status, begin, received, started = 500, time.perf_counter(), False, False
 
         async def watched_receive() -> Message:
             nonlocal received
@@ -60,8 +64,9 @@ class Guard:
             return message
 
         async def guarded_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
+                started = True
                 status = message["status"]
                 if status >= 400 and b"expect" not in dict(scope["headers"]):
                     await drain()
@@ -92,6 +97,11 @@ class Guard:
             await to_response(error)(scope, watched_receive, guarded_send)
         except ClientStalled:
             pass  # its connection ends here
+        except Exception as error:  # a mistake of ours
+            log.exception("%s %s", scope["method"], scope["path"])
+            if started:
+                raise  # the connection ends: half an answer is none
+            await to_response(error)(scope, watched_receive, guarded_send)
         finally:
             self.metrics.running -= 1
             self.metrics.answered(scope["method"], status, time.perf_counter() - begin)

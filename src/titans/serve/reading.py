@@ -4,20 +4,33 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from titans.inspect import Observation
 from titans.models.lm import TitansLM
-from titans.serve.engine import Step
+from titans.serve.engine import Engine, Step
 from titans.serve.store import Session, Store
 from titans.state import ModelState
 
 PIECE = 256
 OBSERVED_PIECE = 64
+REREAD_PIECE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reread:
+    """A memory of tokens that a session holds already, and what reading them was like."""
+
+    state: ModelState
+    logits: Tensor | None
+    nll_sum: float
+    nll_count: int
+    last_nll: float | None
 
 
 class Reader:
@@ -37,8 +50,7 @@ class Reader:
         )
         self.log.append(tokens)
         self.state, self.logits = step.state, step.logits
-        known = step.nll[~step.nll.isnan()].double()
-        if len(known):
+        if (known := known_nll(step)) is not None:
             self.nll_sum += float(known.sum())
             self.nll_count += len(known)
             self.last_nll = float(known[-1])
@@ -72,6 +84,48 @@ async def reading(store: Store, id: str) -> AsyncIterator[Reader]:
             yield reader
         finally:
             reader.log.close(session.record)
+
+
+async def reread(
+    engine: Engine, model: TitansLM, tokens: np.ndarray, state: ModelState | None
+) -> Reread:
+    """Read (n,) tokens after `state` (None: M_0) again, in no session: piece by piece, so that
+    others are served in between."""
+    if state is None:
+        with torch.no_grad():
+            state = model.init_state(1).fork()
+    logits = None
+    total, count, last = 0.0, 0, None
+    size = piece_size(model, REREAD_PIECE)
+    async for piece in in_pieces(once(tokens), state.position, size):
+        step = await engine.forward(model, piece.tolist(), state, logits)
+        state, logits = step.state, step.logits
+        if (known := known_nll(step)) is not None:
+            total, count, last = total + float(known.sum()), count + len(known), float(known[-1])
+    return Reread(state=state, logits=logits, nll_sum=total, nll_count=count, last_nll=last)
+
+
+async def rewrite(store: Store, session: Session, tokens: np.ndarray, new: Reread) -> None:
+    """Another past, (n,) token ids, for a session that is held; on disk when it returns."""
+    store.model_of(session).check_state(new.state, 1)
+    record = replace(
+        session.record,
+        tokens_read=new.state.position,
+        nll_sum=new.nll_sum,
+        nll_count=new.nll_count,
+        last_nll=new.last_nll,
+    )
+    await store.commit(session, record, new.state, tokens)
+
+
+def known_nll(step: Step) -> Tensor | None:
+    """Of the tokens that something predicted, in float64; None if there are none."""
+    known = step.nll[~step.nll.isnan()].double()
+    return known if len(known) else None
+
+
+async def once(tokens: np.ndarray) -> AsyncIterator[np.ndarray]:
+    yield tokens
 
 
 async def in_pieces(

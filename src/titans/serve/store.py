@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from titans.data.tokenizers import Tokenizer, token_dtype
 from titans.models.lm import TitansLM
@@ -165,20 +164,6 @@ class Store:
             session.state = await self.state(session)
             return await self.engine.call(lambda: function(self.model_of(session), session))
 
-    async def replace(
-        self, id: str, state: ModelState, tokens: "np.ndarray | Tensor | None" = None
-    ) -> Session:
-        """A new state and, unless None, a new log, (n,) token ids; on disk when it returns."""
-        if isinstance(tokens, Tensor):
-            tokens = tokens.reshape(-1).numpy()
-        async with self.hold(id) as session:
-            self.model_of(session).check_state(state, 1)
-            record = replace(
-                session.record, tokens_read=state.position, nll_sum=0.0, nll_count=0, last_nll=None
-            )
-            await self.commit(session, record, state, tokens)
-            return session
-
     async def commit(
         self,
         session: Session,
@@ -232,8 +217,9 @@ class Store:
         return await self._add(self._new_record(chosen, valid_name(name)), self.initial[chosen])
 
     async def fork(self, id: str, name: Any) -> Session:
-        """A copy that goes its own way."""
-        async with self.hold(id) as source:
+        """A copy of the last commit that goes its own way; it waits for no read that runs."""
+        while True:
+            source = self.find(id)
             old = source.record
             self.model_of(source)
             called = f"{old.name[: NAME_LENGTH - 7]} (fork)" if name is None else valid_name(name)
@@ -242,7 +228,12 @@ class Store:
             )
             file = self.folder.file
             origin = file(old, ORIGIN) if old.origin else None
-            return await self._add(record, file(old, old.state), origin, file(old, old.log))
+            try:
+                return await self._add(record, file(old, old.state), origin, file(old, old.log))
+            except ApiError:
+                if source.record is old and self.sessions.get(id) is source:
+                    raise
+                # Its files went with another commit while they were copied: now that one.
 
     async def load(self, path: Path, model: str | None, name: Any) -> Session:
         """A session that goes on from a memory file. ValueError where it is not one."""

@@ -1,8 +1,7 @@
 """The page's own routes, beside those of `titans.serve`: what it shows of a memory, and how."""
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,22 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from titans.generate import Sampling
-from titans.inspect import distance, replay
+from titans.inspect import distance
 from titans.models.lm import TitansLM
 from titans.serve.answering import Ask
 from titans.serve.body import Fields, json_object
 from titans.serve.errors import JSON, ApiError
 from titans.serve.events import Emit, event, respond
-from titans.serve.reading import OBSERVED_PIECE, in_pieces, piece_size, plain, to_json
+from titans.serve.reading import (
+    OBSERVED_PIECE,
+    in_pieces,
+    once,
+    piece_size,
+    plain,
+    reread,
+    rewrite,
+    to_json,
+)
 from titans.serve.sessions import check_prompt, describe_session, store_of, take_ask
 from titans.serve.store import Session
 from titans.serve.text import Decoder
@@ -32,7 +40,6 @@ PAGE = Path(str(files("titans") / "studio" / "page"))
 SHOWN = 2**17  # tokens of a memory's past that the page shows again
 EXPLAINED_BEFORE, EXPLAINED_AFTER = 12, 4  # tokens around the one that is explained
 MOST_QUESTIONS = 32
-UNSEEN_PIECE = 2048
 
 
 async def page(request: Request) -> Response:
@@ -66,20 +73,14 @@ async def history(request: Request) -> Response:
     store = store_of(request)
     async with store.hold(request.path_params["id"]) as session:  # what is being read counts
         model = store.model_of(session)
-        tokens = np.array(session.tokens(), dtype=np.int64)
-        origin, described = session.origin(), describe_session(session)
+        (tokens, origin), described = past(session), describe_session(session)
 
     async def produce(emit: Emit) -> None:
-        state = model.init_state(1) if origin is None else origin
         skipped = max(0, len(tokens) - SHOWN)
-        logits, decoder = None, Decoder(store.tokenizer)
-        unseen, seen = once(tokens[:skipped]), once(tokens[skipped:])
-        size = piece_size(model, UNSEEN_PIECE)
-        async for piece in in_pieces(unseen, state.position, size):
-            step = await store.engine.forward(model, piece.tolist(), state, logits)
-            state, logits = step.state, step.logits
+        unseen = await reread(store.engine, model, tokens[:skipped], origin)
+        state, logits, decoder = unseen.state, unseen.logits, Decoder(store.tokenizer)
         size = piece_size(model, OBSERVED_PIECE)
-        async for piece in in_pieces(seen, state.position, size):
+        async for piece in in_pieces(once(tokens[skipped:]), state.position, size):
             step = await store.engine.forward(model, piece.tolist(), state, logits, observed=True)
             assert step.observation is not None
             words = [decoder.feed(token) for token in piece.tolist()]
@@ -88,10 +89,6 @@ async def history(request: Request) -> Response:
         await emit(event({**described, "skipped": skipped}, "done"))
 
     return await respond(request, produce, named=True)
-
-
-async def once(tokens: np.ndarray) -> AsyncIterator[np.ndarray]:
-    yield tokens
 
 
 async def compare_ask(request: Request) -> Response:
@@ -114,15 +111,23 @@ async def compare_ask(request: Request) -> Response:
 
 async def probe(request: Request) -> Response:
     """What the memory returns for one token's key, from then to now."""
+    store = store_of(request)
     fields = await json_object(request)
     index = required(fields, "index")
     fields.finish()
-    return JSON(
-        await store_of(request).run(
-            request.path_params["id"],
-            lambda model, session: views.probed(model, session.origin(), session.tokens(), index),
-        )
-    )
+    session = store.find(request.path_params["id"])
+    model, (tokens, origin) = store.model_of(session), past(session)
+    check_index(index, tokens)
+    before = (await reread(store.engine, model, tokens[:index], origin)).state
+    token = int(tokens[index])
+    seen = await store.engine.call(lambda: views.Probed(model, before, token, index))
+    rest = tokens[index + 1 :]
+    size = max(16, -(-len(rest) // views.CURVE_POINTS))
+    for start in range(0, len(rest), size):
+        piece = rest[start : start + size]
+        after = (await reread(store.engine, model, piece, seen.state)).state
+        await store.engine.call(partial(seen.add, after))
+    return JSON(seen.as_json())
 
 
 async def erase(request: Request) -> Response:
@@ -137,22 +142,24 @@ async def erase(request: Request) -> Response:
     ask = Ask(sampling=Sampling(temperature=0.0), max_tokens=12, stop=("»",))
     prompts = [check_prompt(store, store.tokenizer.encode(text)) for text in questions]
     async with store.hold(id) as session:
-        tokens, origin = np.array(session.tokens()), session.origin()
+        tokens, origin = past(session)
         if not 0 <= passage[0] < passage[1] <= len(tokens):
             raise ValueError(
                 f"expected start < stop within 0..{len(tokens)}, got {passage[0]} and {passage[1]}"
             )
         edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
 
-        def work(model: TitansLM, session: Session) -> tuple[ModelState, dict[str, Any]]:
-            assert session.state is not None
-            old, new = session.state, replay(model, edited, state=origin).fork()
-            return new, views.changed(model, store.tokenizer, old, new, prompts, ask)
+        new = await reread(store.engine, store.model_of(session), edited, origin)
 
-        new, report = await store.run(id, work)
-        await store.replace(id, new, edited)
+        def report(model: TitansLM, session: Session) -> dict[str, Any]:
+            assert session.state is not None
+            old = session.state
+            return views.changed(model, store.tokenizer, old, new.state, prompts, ask)
+
+        changes = await store.run(id, report)
+        await rewrite(store, session, edited, new)
         counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
-        return JSON({**counts, **report, "session": describe_session(session)})
+        return JSON({**counts, **changes, "session": describe_session(session)})
 
 
 async def compare(request: Request) -> Response:
@@ -188,19 +195,30 @@ async def explain(request: Request) -> Response:
 
         return JSON(await store.engine.call(work))
 
-    def look(model: TitansLM, session: Session) -> dict[str, Any]:
-        tokens = session.tokens()
-        if not 0 <= index < len(tokens):
-            raise ValueError(f"index must lie in 0..{len(tokens) - 1}, got {index}")
-        start = max(0, index - EXPLAINED_BEFORE)
-        before = replay(model, np.array(tokens[:start]), state=session.origin())
-        near = np.array(tokens[start : index + 1 + EXPLAINED_AFTER])
-        chosen = index - start if token is None else token
+    session = store.find(id)
+    model, (tokens, origin) = store.model_of(session), past(session)
+    check_index(index, tokens)
+    start = max(0, index - EXPLAINED_BEFORE)
+    before = (await reread(store.engine, model, tokens[:start], origin)).state
+    near = tokens[start : index + 1 + EXPLAINED_AFTER]
+    chosen = index - start if token is None else token
+
+    def look() -> dict[str, Any]:
         return views.explained(
             model, store.tokenizer, before, near, memory=memory, head=head, token=chosen
         )
 
-    return JSON(await store.run(id, look))
+    return JSON(await store.engine.call(look))
+
+
+def past(session: Session) -> tuple[np.ndarray, ModelState | None]:
+    """All it has read as of its last commit, (n,) int64, and the state before that."""
+    return np.array(session.tokens(), dtype=np.int64), session.origin()
+
+
+def check_index(index: int, tokens: np.ndarray) -> None:
+    if not 0 <= index < len(tokens):
+        raise ValueError(f"index must lie in 0..{len(tokens) - 1}, got {index}")
 
 
 def required(fields: Fields, name: str) -> int:

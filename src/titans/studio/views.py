@@ -20,7 +20,6 @@ from titans.inspect import (
     probe,
     reach,
     recall,
-    recall_curve,
     replay,
     without_writing,
 )
@@ -129,46 +128,44 @@ def last(tokens: np.ndarray, count: int) -> np.ndarray:
     return np.array(tokens[max(0, len(tokens) - count) :])
 
 
-def probed(
-    model: TitansLM, origin: ModelState | None, tokens: np.ndarray, index: int
-) -> dict[str, Any]:
-    """Recall of token `index`, from just after it to the end of `tokens`.
+class Probed:
+    """Recall of one token, from just after it on: `add` the states as more is read."""
 
-    Per memory and head: theta with which it was written, cosine `then` and `now`, and a `curve`
-    at `positions`. Raises ValueError for an index outside the tokens.
-    """
-    if not 0 <= index < len(tokens):
-        raise ValueError(f"index must lie in 0..{len(tokens) - 1}, got {index}")
-    before = replay(model, tokens[:index], state=origin)
-    one = torch.from_numpy(tokens[index : index + 1].astype(np.int64))[None]
-    pair = probe(model, before, one, 0)
-    after = replay(model, tokens[index : index + 1], state=before)
-    rest = np.array(tokens[index + 1 :])
-    piece = max(16, -(-len(rest) // CURVE_POINTS))
-    positions, cosines = [after.position], [recall(model, after, pair).cosine[0]]
-    if len(rest):
-        curve = list(recall_curve(model, after, pair, rest, piece=piece))[1:]
-        positions += [position for position, _ in curve]
-        cosines += [seen.cosine[0] for _, seen in curve]
-    table = torch.stack(cosines, -1)  # (memories, heads, points)
-    rates = pair.learning_rate[0]
-    return {
-        "index": index,
-        "position": pair.position,
-        "positions": positions,
-        "memories": [
-            [
-                {
-                    "learning_rate": float(rates[m, head]),
-                    "then": float(table[m, head, 0]),
-                    "now": float(table[m, head, -1]),
-                    "curve": table[m, head].tolist(),
-                }
-                for head in range(table.shape[1])
-            ]
-            for m in range(table.shape[0])
-        ],
-    }
+    def __init__(self, model: TitansLM, before: ModelState, token: int, index: int) -> None:
+        one = torch.tensor([[token]])
+        self.model, self.index = model, index
+        self.pair = probe(model, before, one, 0)
+        self.positions: list[int] = []
+        self.cosines: list[Tensor] = []
+        self.add(replay(model, one, state=before))
+
+    def add(self, state: ModelState) -> None:
+        self.state = state
+        self.positions.append(state.position)
+        self.cosines.append(recall(self.model, state, self.pair).cosine[0])
+
+    def as_json(self) -> dict[str, Any]:
+        """Per memory and head: theta with which it was written, cosine `then` and `now`, and a
+        `curve` at `positions`."""
+        table = torch.stack(self.cosines, -1)  # (memories, heads, points)
+        rates = self.pair.learning_rate[0]
+        return {
+            "index": self.index,
+            "position": self.pair.position,
+            "positions": self.positions,
+            "memories": [
+                [
+                    {
+                        "learning_rate": float(rates[m, head]),
+                        "then": float(table[m, head, 0]),
+                        "now": float(table[m, head, -1]),
+                        "curve": table[m, head].tolist(),
+                    }
+                    for head in range(table.shape[1])
+                ]
+                for m in range(table.shape[0])
+            ],
+        }
 
 
 def changed(
