@@ -34,6 +34,7 @@ SUITES = {
     "commonsense": Suite(
         "commonsense", "CommonsenseConfig", "multiple choice: PIQA, HellaSwag, ARC ...", True
     ),
+    "harness": Suite("harness", "HarnessConfig", "tasks of lm-evaluation-harness", True),
     "genome": Suite("genome", "GenomeConfig", "next base of a genome, by context", True, False),
     "recall": Suite("recall", "RecallConfig", "train on pairs, and ask for ever more", False),
     "ablation": Suite("ablation", "AblationConfig", "train models with one thing changed", False),

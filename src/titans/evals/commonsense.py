@@ -2,7 +2,8 @@
 
 An option is scored by log p(continuation | context), summed over its tokens. `accuracy` counts
 the questions whose right option has the highest score, `accuracy_norm` those where it has the
-highest score per byte (of UTF-8, without the space in front), as lm-evaluation-harness has them.
+highest score per byte (of UTF-8, without the space in front): lm-evaluation-harness's acc and
+acc_bytes (its acc_norm is per character).
 WinoGrande's options differ in the context, so its two accuracies are the same.
 """
 
@@ -134,18 +135,34 @@ def encode_item(tokenizer: Tokenizer, item: Item) -> list[EncodedOption]:
     return encoded
 
 
-@torch.inference_mode()
 def score(
     model: TitansLM, options: Sequence[EncodedOption], write: bool = True
 ) -> Float[Tensor, " options"]:
-    """log p(continuation | context) of every option, in float64 nats.
+    """log p(continuation | context) of every option, in float64 nats."""
+    found = [one.log for one in likelihoods(model, options, write)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+class Likelihood(NamedTuple):
+    """log: log p(continuation | context) in nats. greedy: is the continuation the likeliest one,
+    token by token?"""
+
+    log: float
+    greedy: bool
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: TitansLM, options: Sequence[EncodedOption], write: bool = True
+) -> list[Likelihood]:
+    """How likely every option's continuation is.
 
     A context that options share is read once; each reads its continuation from a copy of what
     is remembered then. Rows of one batch are padded after their end, which changes nothing
     before it.
     """
     device = next(model.parameters()).device
-    scores = torch.zeros(len(options), dtype=torch.float64)
+    found: dict[int, Likelihood] = {}
     for context in dict.fromkeys(option.context for option in options):
         members = [i for i, option in enumerate(options) if option.context == context]
         answers = [torch.tensor(options[i].continuation) for i in members]
@@ -157,9 +174,11 @@ def score(
             start = select_rows(reading.state, members, 1)
             logits = torch.cat([logits, model(padded[:, :-1], start, write)[0]], 1)
         nll = F.cross_entropy(logits.double().transpose(1, 2), padded, reduction="none").cpu()
-        for i, answer, row in zip(members, answers, nll, strict=True):
-            scores[i] = -row[: len(answer)].sum()
-    return scores
+        likeliest = (logits.argmax(-1) == padded).cpu()
+        for i, answer, row, hits in zip(members, answers, nll, likeliest, strict=True):
+            end = len(answer)
+            found[i] = Likelihood(-row[:end].sum().item(), bool(hits[:end].all()))
+    return [found[i] for i in range(len(options))]
 
 
 def task_score(task: str, judged: Sequence[Judged]) -> TaskScore:
