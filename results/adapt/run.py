@@ -1,0 +1,256 @@
+"""A small Llama gets a memory: recall of pairs beyond the window that it was trained with.
+
+    python results/adapt/run.py [--runs FOLDER] [--workers 2] [--seeds 0 1] [--table-only]
+
+The base is a `LlamaForCausalLM` with random weights, trained as such on rows of at most 128
+tokens of key-value pairs in noise (`titans.data.pairs`). Then `titans.adapt` gives it memories, and
+these alone, or all weights, are trained. Writes results.json and README.md beside this file.
+Weights are kept in --runs; a finished training or measurement is not repeated.
+"""
+
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from titans.config import MemoryConfig
+from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
+from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.recall import fit_pairs
+from titans.evals.report import markdown_table, readable
+from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
+
+HERE = Path(__file__).parent
+PAIRS, WINDOW, POSITIONS, TOKENS = 4, 64, 128, 4096
+BASE_STEPS, BASE_RATE = 1200, 3e-3
+STEPS, RATE, WRITE_COST = 400, 3e-3, 0.02
+LENGTHS = (64, 128, 256, 1024, 4096, 16384, 65536)
+MEMORY = MemoryConfig(heads=2, key_init="previous")
+# Name in the table: style, and whether the base is frozen; None is the base itself.
+MODELS: dict[str, tuple[str, bool] | None] = {
+    "Llama, attention over the whole row": None,
+    "Llama, attention over 64 tokens": ("mag", True),
+    "MAG adapter, memory trained": ("mag", True),
+    "MAL adapter, memory trained": ("mal", True),
+    "MAG adapter, all trained": ("mag", False),
+    "MAL adapter, all trained": ("mal", False),
+}
+UNTRAINED = tuple(MODELS)[:2]
+
+
+def new_base(seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=176,
+            max_position_embeddings=POSITIONS,
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def rows_of(step: int, seed: int, length: int, pairs: int) -> PairBatch:
+    task = PairTask(rows=TOKENS // length, length=length, pairs=pairs, seed=10**5 * seed + step)
+    return task.batch(0)
+
+
+def train_base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Train the Llama on rows that its positions reach, and save it."""
+    torch.set_num_threads(1)
+    model, begin, curve = new_base(job["seed"]), time.perf_counter(), []
+    optimizer = torch.optim.AdamW(model.parameters(), BASE_RATE, weight_decay=0.01)
+    for step in range(BASE_STEPS):
+        warm, cosine = min(1.0, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / BASE_STEPS)
+        optimizer.param_groups[0]["lr"] = BASE_RATE * warm * cosine
+        length = ((18, 24, 32) if step < BASE_STEPS // 2 else (32, 64, POSITIONS))[step % 3]
+        tokens, labels = rows_of(step, job["seed"], length, PAIRS)
+        logits = model(tokens, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item()
+            curve.append([step + 1, right])
+            print("base", job["seed"], step + 1, f"{right:.2f}", flush=True)
+    model.save_pretrained(runs / f"base-{job['seed']}")
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "curve": curve,
+        "minutes": (time.perf_counter() - begin) / 60,
+    }
+
+
+def load_base(seed: int, runs: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    folder = runs / f"base-{seed}"
+    if not folder.exists():  # its row came from another machine
+        train_base({"seed": seed}, runs)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def train_adapter(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Adapt the trained base, train on rows of up to 1,024 tokens, and save what was trained."""
+    torch.set_num_threads(1)
+    chosen = MODELS[job["model"]]
+    assert chosen is not None
+    style, frozen = chosen
+    base = load_base(job["seed"], runs)
+    torch.manual_seed(job["seed"])
+    model = adapt(base, [0, 1], style, MEMORY, WINDOW).freeze_base(frozen).train()
+    begin, curve = time.perf_counter(), []
+
+    def batch(step: int) -> PairBatch:
+        length = 64 if step < STEPS // 2 else (128, 256, 1024)[step % 3]
+        return rows_of(step, 1000 + job["seed"], length, PAIRS + 4 * (step % 2))
+
+    def watch(*point: float) -> None:
+        curve.append(list(point))
+        print(job["model"], *point, flush=True)
+
+    fit_pairs(model.model, batch, STEPS, RATE, WRITE_COST, watch)
+    folder = runs / f"{job['model']}-{job['seed']}"
+    model.save_adapter(folder / FILE_NAME)
+    if not frozen:
+        model.base.save_pretrained(folder)
+    return {
+        "parameters": sum(p.numel() for p in model.memory_parameters()),
+        "bytes": (folder / FILE_NAME).stat().st_size,
+        "curve": curve,
+        "minutes": (time.perf_counter() - begin) / 60,
+    }
+
+
+def model_of(job: dict[str, Any], runs: Path) -> AdaptedForCausalLM:
+    """The model of a row of the table; the base itself as one whose memories add nothing."""
+    base = load_base(job["seed"], runs)
+    if job["model"] in UNTRAINED:
+        return adapt(base, [0], window=WINDOW if MODELS[job["model"]] else None).eval()
+    folder = runs / f"{job['model']}-{job['seed']}"
+    if not folder.exists():
+        train_adapter(job, runs)
+    from transformers import LlamaForCausalLM
+
+    chosen = MODELS[job["model"]]
+    assert chosen is not None
+    if not chosen[1]:
+        base = LlamaForCausalLM.from_pretrained(folder)
+    return load_adapter(base, folder).eval()
+
+
+@torch.inference_mode()
+def measure(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Recall of pairs whose row has `length` tokens, read 1,024 at a time."""
+    torch.set_num_threads(1)
+    model, length = model_of(job, runs), job["length"]
+    rows = max(4, min(64, 2**18 // length))
+    task = PairTask(rows=rows, length=length, pairs=PAIRS, seed=10**6)
+    cache, right, count, begin = None, 0, 0, time.perf_counter()
+    for tokens, labels in task.stream(0, 1024):
+        output = model(tokens, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        asked = labels != IGNORED
+        right += int((output.logits.argmax(-1) == labels)[asked].sum())
+        count += int(asked.sum())
+    return {
+        "recall": right / count,
+        "asked": count,
+        "state_bytes": cache.state.nbytes // rows,
+        "tokens_per_s": rows * length / (time.perf_counter() - begin),
+    }
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    asked = [r for r in rows if r["stage"] == "recall"]
+    adapters = [r for r in rows if r["stage"] == "train"]
+    if not asked or not adapters:
+        return
+    lengths = sorted({r["length"] for r in asked})
+    table = []
+    for name in MODELS:
+        cells = []
+        for n in lengths:
+            found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
+            cells.append(f"{sum(found) / len(found):.2f}" if found else "")
+        longest = max((r for r in asked if r["model"] == name), key=lambda r: r["length"])
+        table.append((name, *cells, f"{longest['state_bytes']:,}"))
+    base = next(r for r in rows if r["stage"] == "base")
+    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
+    counts = (next(r["asked"] for r in asked if r["length"] == n) for n in lengths)
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in asked})))
+    minutes = ", ".join(f"{r['minutes']:.1f}" for r in adapters)
+    lines = [
+        "# A memory for a Llama",
+        "",
+        f"A Llama of {base['parameters']:,} parameters (two layers of width 64), random at first,",
+        f"was trained as such: {BASE_STEPS:,} steps of {TOKENS:,} tokens, rows of key-value pairs",
+        f"in noise of at most {POSITIONS} tokens. Then `titans.adapt` put memories beside the",
+        f"attention of both layers, which from then on reached {WINDOW} tokens, and the memories",
+        f"alone, or all weights, were trained for {STEPS} steps on rows of up to 1,024 tokens.",
+        "Recall of four pairs by tokens in the row; knowing which values occurred, but not whose",
+        "they are, gives 0.25. State: bytes that a row carries after the longest text of its line.",
+        "By `python results/adapt/run.py`.",
+        "",
+        *markdown_table(("model", *map(readable, lengths), "state"), table),
+        "",
+        "The first two lines are the base as it was trained, with its own attention over the whole",
+        f"row (made for {POSITIONS} positions, and not asked beyond 4K) or in the window alone.",
+        "",
+        f"Adapters: {adapters[0]['parameters']:,} parameters, {adapters[0]['bytes']:,} bytes each.",
+        f"Minutes of training: base {base['minutes']:.1f}, adapters {minutes}.",
+        f"Questions asked per length: {', '.join(map(str, counts))}; seeds {seeds}.",
+        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+    ]
+    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/adapt"))
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    options = parser.parse_args()
+    runs, path = options.runs.resolve(), HERE / "results.json"
+    runs.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(path)
+    if not options.table_only:
+        for stage, function, names in (
+            ("base", train_base, ["Llama"]),
+            ("train", train_adapter, [m for m in options.model if m not in UNTRAINED]),
+        ):
+            jobs = [
+                {"stage": stage, "model": name, "seed": seed}
+                for seed in options.seeds
+                for name in names
+            ]
+            rows = run_jobs(path, jobs, partial(function, runs=runs), workers=options.workers)
+        jobs = [
+            {"stage": "recall", "model": name, "seed": seed, "length": length}
+            for length in LENGTHS
+            for seed in options.seeds
+            for name in options.model
+            # Attention over the whole row costs its square, and is lost beyond its positions.
+            if MODELS[name] is not None or length <= 4096
+        ]
+        rows = run_jobs(path, jobs, partial(measure, runs=runs), workers=options.workers)
+    write_page(rows)
+
+
+if __name__ == "__main__":
+    main()
