@@ -240,8 +240,8 @@ Its heads bound the processes of a text; beyond that it is read in turn.
 
 - **Several rows at once.** The tables compute a step in one part. Where a process has several
   rows, `train.accumulate` divides activations and logits by the number of parts.
-- **Logits.** Where a process holds many tokens, 32,000 logits of each are the largest thing by far;
-  computing the loss in pieces is not there yet.
+- **Logits.** 32,000 logits of every token would be the largest thing by far; the loss is computed
+  in pieces, whose logits are not kept but computed again for the backward pass.
 - **One machine and 2M tokens.** 262,144 tokens on each GPU do not fit in 80 GB; 64 machines hold
   such a text with room to spare.
 - **Many processes and a linear memory with wide heads.** All maps go to all processes, so what

@@ -12,7 +12,7 @@ import torch
 from launch import launch
 
 from titans.config import MemoryConfig, TitansConfig
-from titans.models.lm import load
+from titans.models import lm
 from titans.train.batches import open_data
 from titans.train.config import (
     DataConfig,
@@ -98,12 +98,15 @@ def steps(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def work(rank: int, count: int, folder: str, *names: str) -> dict[str, Any]:
-    """`steps` with every strategy; then the runs folder/name, each from its newest checkpoint."""
+    """`steps` with every strategy, their losses in pieces of 7 tokens; then the runs folder/name,
+    each from its newest checkpoint."""
+    whole, lm.LOGITS = lm.LOGITS, 7 * 257
     result = {
         name: steps(make(Path(folder), settings, accumulate=1 + (name == "ddp")))
         for name, settings in STRATEGIES.items()
         if count == 4 or not name.startswith("4")
     }
+    lm.LOGITS = whole
     for name in names:
         config = make(Path(folder), STRATEGIES[name.split("_")[0]])
         done = train(config, Path(folder) / name, progress=False)
@@ -181,7 +184,7 @@ def test_one_process_goes_on_with_the_run_of_two(
     result = train(make(corpus, {}), copy, progress=False)
     assert losses(copy) == pytest.approx(one, rel=2e-5)
     alone, shared = (
-        load(f / "model.safetensors")
+        lm.load(f / "model.safetensors")
         for f in (result.checkpoint, corpus / name / "checkpoints" / "step-000008")
     )
     for key, value in alone.state_dict().items():

@@ -336,3 +336,51 @@ def test_states_of_another_precision_are_refused() -> None:
     _, state = model(some_tokens())
     with pytest.raises(ValueError, match=r"the state is torch.float64, this model needs"):
         build("mal").float()(some_tokens(), state)
+
+
+@pytest.mark.parametrize("length", [3, 8, 29])
+def test_losses_in_pieces_are_the_whole(length, monkeypatch):
+    """Values and every gradient; the labels that count are those that are not ignored."""
+    model = build("mal")
+    tokens, labels = some_tokens(length=length), some_tokens(length=length, seed=2)
+    labels[0, 0] = -100
+
+    def read():
+        model.zero_grad()
+        output = model.losses(tokens, labels)
+        (output.nll * torch.linspace(0.5, 1.5, length)).sum().backward()
+        return output, [p.grad.clone() for p in model.parameters()]
+
+    whole, slopes = read()
+    logits, state = model(tokens)
+    expected = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(whole.nll, expected, rtol=0, atol=TOLERANCE)
+    assert whole.nll[0, 0] == 0
+    assert torch.equal(whole.likeliest, logits.argmax(-1))
+    monkeypatch.setattr("titans.models.lm.LOGITS", 4 * VOCABULARY)
+    pieces, again = read()
+    torch.testing.assert_close(pieces.nll, whole.nll, rtol=0, atol=TOLERANCE)
+    assert torch.equal(pieces.likeliest, whole.likeliest)
+    for a, b in zip(again, slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+    for name, tensor in state.tensors().items():
+        assert torch.equal(pieces.state.tensors()[name], tensor)
+
+
+def test_losses_in_pieces_keep_no_logits(monkeypatch):
+    """What waits for the backward pass does not grow with the vocabulary times the tokens."""
+    kept = {}
+    for limit in (4 * 5000, 2**24):
+        monkeypatch.setattr("titans.models.lm.LOGITS", limit)
+        model = build("mal", vocab_size=5000)
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.losses(some_tokens(), some_tokens(seed=2))
+        kept[limit] = max(size for size in sizes if size != 5000 * 16)  # but for the head itself
+    assert kept[2**24] == 2 * 29 * 5000
+    assert kept[4 * 5000] < 4 * 5000

@@ -227,7 +227,7 @@ def test_a_model_that_knows_recalls_all(tiny, questions, monkeypatch, task):
 
     def oracle(model, batch, memory, precision):
         segment = original(model, batch, memory, precision)
-        return segment._replace(logits=torch.nn.functional.one_hot(batch.labels, 257).float())
+        return segment._replace(likeliest=batch.labels)
 
     monkeypatch.setattr(evaluation, "read_segment", oracle)
     metrics = evaluate(model, valid, config, in_bytes=True)

@@ -13,7 +13,7 @@ from titans.bench.flops import memory_flops, module_flops
 from titans.config import MemoryConfig, TitansConfig, has_memory
 from titans.distributed import composes
 from titans.layers.memory import NeuralMemory
-from titans.models.lm import TitansLM
+from titans.models.lm import LOGITS, TitansLM
 
 FLOAT = 4  # bytes of a number in weights, states and what processes exchange
 
@@ -69,8 +69,8 @@ def held_bytes(
         "weights": 4 * FLOAT * weights.all / spread.shard
         + (whole * FLOAT if spread.shard > 1 else 0),
         "activations": tokens * kept,
-        # Logits, their logarithms, and their gradient.
-        "logits": tokens * config.vocab_size * 3 * FLOAT,
+        # Of one piece of the loss: logits, their logarithms, and their gradient.
+        "logits": min(tokens * config.vocab_size, LOGITS) * 3 * FLOAT,
     }
 
 
@@ -140,7 +140,10 @@ def step_flops(config: TitansConfig, spread: Spread) -> float:
                 if composes(part.network, memory.chunk_size, memory.max_surprise):
                     # The slice's map: columns for the values, and for weights and momentum.
                     flops += memory_flops(part, tokens) * (2 + memory.momentum)
-    return flops * (4 if spread.checkpointing else 3)
+    if spread.checkpointing:
+        return 4 * flops
+    in_pieces = spread.own_rows * spread.slice * config.vocab_size > LOGITS
+    return 3 * flops + (2.0 * tokens * config.dim * config.vocab_size if in_pieces else 0.0)
 
 
 def smallest_sequence(tokens: int, slice_: int, processes: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,7 @@ from titans.state import (
 
 FORMAT = "titans-model"
 FORMAT_VERSION = 1
+LOGITS = 2**24  # that a loss holds at once: 64 MB
 # Linear maps whose output is added to the residual stream.
 SINKS = ("mixer.output", "memory.output", "attention.output", "ffn.down")
 
@@ -53,6 +55,16 @@ class LMOutput(NamedTuple):
     """logits (B, T, vocab), the state after the last token, one record per block."""
 
     logits: Tensor
+    state: ModelState
+    records: list[MemoryRecord | None]
+
+
+class LossOutput(NamedTuple):
+    """nll (B, T) nats of the labels, 0 where one is ignored; the likeliest tokens (B, T); state
+    and records as in `LMOutput`."""
+
+    nll: Tensor
+    likeliest: Tensor
     state: ModelState
     records: list[MemoryRecord | None]
 
@@ -96,6 +108,25 @@ class Block(nn.Module):
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x, state, record
+
+
+def token_losses(
+    head: Any, hidden: Float[Tensor, "b t d"], labels: Int[Tensor, "b t"]
+) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Cross-entropy of every label, in float32 or wider, and the likeliest tokens."""
+    rows = hidden.flatten(0, 1)
+    size = max(1, LOGITS // head.weight.shape[0])
+    pieces = list(zip(rows.split(size), labels.flatten().split(size), strict=True))
+    again = len(pieces) > 1 and torch.is_grad_enabled()
+    run = partial(checkpoint, label_losses, use_reentrant=False) if again else label_losses
+    nll, likeliest = zip(*(run(head, *piece) for piece in pieces), strict=True)
+    return torch.cat(nll).view_as(labels), torch.cat(likeliest).view_as(labels)
+
+
+def label_losses(head: nn.Module, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(rows)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, labels, reduction="none"), logits.argmax(-1)
 
 
 def in_turn(mixer: nn.Module, peers: Peers) -> bool:
@@ -172,6 +203,21 @@ class TitansLM(nn.Module):
         """`forward`, with the record of every memory. write=False: memories are only read."""
         hidden, state, records = self.hidden(tokens, state, write)
         return LMOutput(self.head(hidden), state, records)
+
+    def losses(
+        self,
+        tokens: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"],
+        state: ModelState | None = None,
+    ) -> LossOutput:
+        """How likely every label was. Never holds more than `LOGITS` logits, whatever the number
+        of tokens: they are computed in pieces, and for the backward pass once more.
+
+        labels: the token to predict at each position, `titans.data.text.IGNORED` for none.
+        """
+        hidden, state, records = self.hidden(tokens, state)
+        nll, likeliest = token_losses(self.head, hidden, labels)
+        return LossOutput(nll, likeliest, state, records)
 
     def hidden(
         self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True

@@ -37,7 +37,7 @@ def evaluate(
         memory = segment.state
         if config.data.task != "text":
             loss += float((segment.nll * own.weights).sum())
-            hits = segment.logits.argmax(-1) == own.labels
+            hits = segment.likeliest == own.labels
             recalled.append(recall(here.whole(hits), batch.answers))
         else:
             loss += float(segment.nll.double().sum())

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titans.data.facts import Batch
@@ -20,12 +19,13 @@ class NonFiniteError(RuntimeError):
 class Segment(NamedTuple):
     """What a model made of a batch.
 
-    logits: (B, T, V). nll: (B, T) nats, 0 where the label is ignored. open: mean learning rate
-    of the memories, 0 for a model without one. state: what it remembers after the last token.
+    nll: (B, T) nats, 0 where the label is ignored. likeliest: (B, T), the tokens it would have
+    said. open: mean learning rate of the memories, 0 for a model without one. state: what it
+    remembers after the last token.
     """
 
-    logits: Tensor
     nll: Tensor
+    likeliest: Tensor
     open: Tensor
     state: ModelState
 
@@ -36,12 +36,10 @@ def read_segment(
     """Read a batch, going on from `memory` or, without one, from the model's learned start."""
     device = batch.tokens.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        logits, state, records = model.run(batch.tokens, memory)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    nll = F.cross_entropy(wide.transpose(1, 2), batch.labels, reduction="none")
-    rates = [record.learning_rate.mean() for record in records if record is not None]
-    opened = torch.stack(rates).mean() if rates else nll.new_zeros(())
-    return Segment(logits, nll, opened, state)
+        read = model.losses(batch.tokens, batch.labels, memory)
+    rates = [record.learning_rate.mean() for record in read.records if record is not None]
+    opened = torch.stack(rates).mean() if rates else read.nll.new_zeros(())
+    return Segment(read.nll, read.likeliest, opened, read.state)
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:

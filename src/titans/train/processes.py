@@ -228,7 +228,8 @@ def shard(model: TitansLM, settings: DistributedConfig, here: Processes) -> None
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "run")
+    for method in ("run", "losses"):
+        register_fsdp_forward_method(model, method)
 
 
 def like(parameter: Tensor, value: Tensor) -> Tensor:
