@@ -87,6 +87,7 @@ def test_sampling_filters() -> None:
     assert support(Sampling(top_k=2)) == {0, 1}
     assert support(Sampling(top_k=9)) == {0, 1, 2, 3}
     assert support(Sampling(top_p=0.5)) == {0}
+    assert support(Sampling(top_p=1e-300)) == support(Sampling(temperature=1e-300)) == {0}
     assert support(Sampling(top_p=0.79)) == {0, 1}
     assert support(Sampling(min_p=0.25)) == {0, 1, 2}
     assert support(Sampling(top_k=3, top_p=0.9, min_p=0.5)) == {0, 1}

@@ -188,13 +188,16 @@ def sample(
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # Relative to the largest, so that the coldest temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)).float() / sampling.temperature
+    # A temperature that float32 does not have is its smallest.
+    scaled = (logits - logits.amax(-1, keepdim=True)).float()
+    scaled = scaled / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         kth = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kth, float("-inf"))
     if sampling.top_p is not None:
         ordered, order = scaled.softmax(-1).sort(dim=-1, descending=True)
         surplus = ordered.cumsum(-1) - ordered >= sampling.top_p  # enough without this token
+        surplus[..., 0] = False
         drop = torch.zeros_like(surplus).scatter(-1, order, surplus)
         scaled = scaled.masked_fill(drop, float("-inf"))
     probabilities = scaled.softmax(-1)

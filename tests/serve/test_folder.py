@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -69,13 +70,15 @@ def assert_is(folder, record, state, tokens):
 
 
 def commit_read(folder, record, state, tokens):
-    """What a read does: append, then make it count."""
+    """What a read does: append, make it count, and remove what no longer does."""
     log = folder.append_to(record)
     try:
         log.append(np.array(tokens))
         log.finish()
         new = replace(record, tokens_read=state.position, logged=record.logged + len(tokens))
         record = folder.commit(new, state)
+        with suppress(OSError):
+            folder.sweep(record)
     finally:
         log.close(record)
     return record
@@ -119,7 +122,8 @@ def test_it_is_whole_wherever_the_process_ends(tmp_path, model, monkeypatch, wha
                 if what == "read":
                     commit_read(folder, old, after, [4, 5])
                 elif what == "replace":
-                    folder.commit(replace(old, tokens_read=9), after, np.array([7, 8, 9]))
+                    new = replace(old, tokens_read=9)
+                    folder.sweep(folder.commit(new, after, np.array([7, 8, 9])))
                 elif what == "create":
                     folder.create(record_of(after, name="second"), after)
                 else:
@@ -177,6 +181,19 @@ def test_a_full_disk_is_an_answer_and_nothing_is_lost(tmp_path, model, monkeypat
         reopened.close()
         shutil.rmtree(root)
     assert refused > 3
+
+
+def test_a_commit_leaves_what_somebody_may_be_reading(tmp_path, model) -> None:
+    folder = Folder(tmp_path, LIMIT)
+    state = state_after(model, 3)
+    old = folder.create(record_of(state), state)
+    new = folder.commit(replace(old, tokens_read=3), state, np.array([1, 2, 3]))
+    assert ModelState.load(folder.file(old, old.state)).position == 3
+    assert folder.tokens(old).tolist() == []
+    folder.sweep(new)
+    assert not folder.file(old, old.state).exists()
+    assert folder.tokens(new).tolist() == [1, 2, 3]
+    folder.close()
 
 
 def test_a_log_that_was_being_written_is_cut_back(tmp_path, model) -> None:

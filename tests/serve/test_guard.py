@@ -114,6 +114,18 @@ def test_a_token_opens_what_it_should(tmp_path, model_file) -> None:
         message(c.get("/v1/sessions", headers=evil), 403)
 
 
+def test_a_server_on_all_addresses_answers_to_any_name_for_a_token(tmp_path, model_file) -> None:
+    """It does not know them all; a page of another site has no token."""
+    with client(tmp_path, model_file, host="0.0.0.0", token="secret") as c:
+        there = {"host": "192.168.7.9:8321"}
+        assert c.get("/health", headers=there).status_code == 200
+        message(c.get("/v1/sessions", headers=there), 401)
+        right = {**there, "authorization": "Bearer secret"}
+        assert c.get("/v1/sessions", headers=right).status_code == 200
+        message(c.get("/v1/sessions", headers={**right, "origin": "http://evil.example"}), 403)
+        message(c.get("/v1/sessions", headers={**right, "host": "no host"}), 421)
+
+
 def test_further_hosts(tmp_path, model_file) -> None:
     with client(tmp_path, model_file, allow_hosts=("Box.local", "proxy:80")) as c:
         for host in ("box.local", "box.local:8321", "proxy:80", "localhost:8321"):

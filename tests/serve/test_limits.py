@@ -398,3 +398,88 @@ def test_a_fork_does_not_wait_for_a_read(tmp_path, model_file) -> None:
     fork, more = asyncio.run(run())
     assert fork["tokens_read"] == len("first")
     assert more["tokens_read"] == len("first!")
+
+
+def test_forks_at_once_stay_below_the_limit_of_the_disk(tmp_path, model_file) -> None:
+    with client(tmp_path, model_file) as c:
+        session = create(c)
+        read(c, session, "x" * 20_000)
+        one = c.app.state.store.folder.used
+    app = application(tmp_path, model_file, disk_bytes=int(3.5 * one))
+
+    async def run():
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url=BASE) as c,
+        ):
+            forks = [c.post("/v1/sessions", json={"fork": session}) for _ in range(12)]
+            answers = await asyncio.gather(*forks)
+            return [a.status_code for a in answers], app.state.store.folder.used
+
+    statuses, used = asyncio.run(run())
+    assert sorted(set(statuses)) == [201, 507]
+    assert statuses.count(201) == 2
+    assert used <= 3.5 * one
+
+
+def test_files_of_the_last_commit_are_there_for_whoever_reads_them(tmp_path, model_file) -> None:
+    """Downloads and forks beside many commits: never an error, whichever commit they see."""
+    with client(tmp_path, model_file, busy_s=60.0, sessions=1000) as c:
+        session, stop, seen = create(c), threading.Event(), []
+
+        def look(get):
+            while not stop.is_set():
+                seen.append(get().status_code)
+
+        looks = [
+            lambda: c.get(f"/v1/sessions/{session}/memory"),
+            lambda: c.get(f"/v1/sessions/{session}/memory"),
+            lambda: c.post("/v1/sessions", json={"fork": session}),
+        ]
+        threads = [threading.Thread(target=look, args=(get,)) for get in looks]
+        for thread in threads:
+            thread.start()
+        for _ in range(15):
+            assert read(c, session, "some").status_code == 200
+            assert c.post(f"/v1/sessions/{session}/reset").status_code == 200
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(seen) <= {200, 201}, seen
+        assert len(seen) > 10
+
+
+def test_what_nobody_waits_for_is_not_computed(tmp_path, model_file) -> None:
+    """The client goes while its answer is computed: that ends, and what others asked for not."""
+    app = application(tmp_path, model_file)
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            metrics = app.state.metrics
+            body = json.dumps({"prompt": "x", "max_tokens": 4096, "temperature": 0}).encode()
+            told = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive():
+                if told:
+                    return told.pop()
+                while metrics.tokens_generated < 20:
+                    await asyncio.sleep(0.01)
+                return {"type": "http.disconnect"}
+
+            async def send(event):
+                pass
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+            scope |= {
+                "headers": [(b"host", b"127.0.0.1:8321"), (b"content-type", b"application/json")]
+            }
+            scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http"}
+            await app(scope, receive, send)
+            drawn = metrics.tokens_generated
+            await asyncio.sleep(0.1)
+            return drawn, metrics.tokens_generated, metrics.running
+
+    drawn, later, running = asyncio.run(run())
+    assert 20 <= drawn < 200
+    assert later <= drawn + 1
+    assert running == 0

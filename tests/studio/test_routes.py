@@ -228,6 +228,17 @@ def test_a_passage_can_be_replaced(c, session, short):
     assert answer["inserted"] == 4
 
 
+def test_a_place_in_a_text_that_has_changed_is_not_erased(c, session, short):
+    """A second erasure that was sent before the first was done would take other tokens."""
+    whole = len(ids(short["text"]))
+    content = {"start": 0, "stop": 5, "tokens_read": whole}
+    assert c.post(f"/studio/sessions/{session}/erase", json=content).status_code == 200
+    again = c.post(f"/studio/sessions/{session}/erase", json=content)
+    assert again.status_code == 409
+    assert "nothing was erased" in again.json()["error"]["message"]
+    assert c.get(f"/v1/sessions/{session}").json()["tokens_read"] == whole - 5
+
+
 def test_everything_can_be_erased(c, session, model, short, tmp_path):
     content = {"start": 0, "stop": len(ids(short["text"]))}
     answer = c.post(f"/studio/sessions/{session}/erase", json=content).json()

@@ -44,15 +44,19 @@ class Delta(NamedTuple):
 
 
 async def prompted(
-    engine: Engine, model: TitansLM, state: ModelState, prompt: Sequence[int]
+    engine: Engine,
+    model: TitansLM,
+    state: ModelState,
+    prompt: Sequence[int],
+    write: bool = True,
 ) -> Prompted:
-    """Read the prompt into a state that nobody keeps."""
+    """Read the prompt into a state that nobody keeps; write=False only reads its memories."""
     logits: Tensor | None = None
     nll: list[float | None] = []
     size, start = piece_size(model, PIECE), 0
     while start < len(prompt):
         stop = start + size - state.position % size
-        step = await engine.forward(model, prompt[start:stop], state, logits)
+        step = await engine.forward(model, prompt[start:stop], state, logits, write=write)
         logits, state, start = step.logits, step.state, stop
         nll += [None if math.isnan(value) else value for value in step.nll.tolist()]
     if logits is None:
@@ -61,9 +65,14 @@ async def prompted(
 
 
 async def answer(
-    engine: Engine, model: TitansLM, tokenizer: Tokenizer, start: Prompted, ask: Ask
+    engine: Engine,
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    start: Prompted,
+    ask: Ask,
+    write: bool = True,
 ) -> AsyncIterator[Delta]:
-    """Draw tokens until a stop text, an end of document, or `max_tokens`.
+    """Draw tokens until a stop text, an end of document, or `max_tokens`; write as of `prompted`.
 
     Tokens are those of `titans.generate.generate` with the same sampling.
     """
@@ -85,9 +94,24 @@ async def answer(
             return
         yield Delta(text, token, None)
         if count < ask.max_tokens:
-            step = await engine.forward(model, [token], state)
+            step = await engine.forward(model, [token], state, write=write)
             logits, state = step.logits, step.state
     yield Delta(stops.feed(decoder.finish(), last=True), None, "length")
+
+
+async def whole_answer(
+    engine: Engine,
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    state: ModelState,
+    prompt: Sequence[int],
+    ask: Ask,
+    write: bool = True,
+) -> str:
+    """The text of `answer` to a prompt."""
+    start = await prompted(engine, model, state, prompt, write)
+    deltas = answer(engine, model, tokenizer, start, ask, write)
+    return "".join([delta.text async for delta in deltas])
 
 
 def seeded(ask: Ask, index: int) -> Ask:

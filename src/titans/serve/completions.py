@@ -12,7 +12,7 @@ from starlette.routing import Route
 from titans.serve.answering import Prompted, answer, prompted, seeded
 from titans.serve.body import Fields, json_object
 from titans.serve.errors import JSON
-from titans.serve.events import Emit, event, respond
+from titans.serve.events import Emit, event, respond, while_wanted
 from titans.serve.sessions import check_prompt, store_of, take_ask
 from titans.serve.store import Store
 
@@ -103,7 +103,7 @@ async def complete(request: Request) -> Response:
         return {**head, "choices": [part for part, _ in made], "usage": usage}
 
     if not streamed:
-        return JSON(await all_choices(None))
+        return JSON(await while_wanted(request, all_choices(None)))
 
     async def produce(emit: Emit) -> None:
         whole = await all_choices(emit)

@@ -42,6 +42,7 @@ class Work:
     state: ModelState
     logits: Tensor | None
     observed: bool
+    write: bool
     kind: Hashable
     future: asyncio.Future[Step]
 
@@ -84,15 +85,17 @@ class Engine:
         state: ModelState,
         logits: Tensor | None = None,
         observed: bool = False,
+        write: bool = True,
     ) -> Step:
-        """Read tokens (T,). logits (V,): what was predicted for the first of them.
+        """Read tokens (T,). logits (V,): what was predicted for the first of them. write=False
+        only reads the memories.
 
         Raises ValueError for tokens or a state that are not the model's.
         """
         rows = torch.as_tensor(tokens, dtype=torch.int64)[None]
         model.check_tokens(rows)
         model.check_state(state, 1)
-        kind = (id(model), rows.shape[1], observed, batch.phase(state))
+        kind = (id(model), rows.shape[1], observed, write, batch.phase(state))
         future: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
         return await self._submit(
             Work(
@@ -101,6 +104,7 @@ class Engine:
                 state=state,
                 logits=logits,
                 observed=observed,
+                write=write,
                 kind=kind,
                 future=future,
             )
@@ -207,7 +211,7 @@ def compute(works: Sequence[Work]) -> list[Step]:
     unknown = torch.full((model.config.vocab_size,), float("nan"))
     before = torch.stack([unknown if w.logits is None else w.logits for w in works])
     run = observe if first.observed else read_piece
-    seen = run(model, tokens, state, before, True)
+    seen = run(model, tokens, state, before, first.write)
     steps = []
     for index, work in enumerate(works):
         after = seen.state

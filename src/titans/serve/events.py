@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from titans.serve.errors import body_of, describe, encode
 
 AHEAD = 4  # events made before the client has taken them
+T = TypeVar("T")
 Emit = Callable[[bytes], Awaitable[None]]
 
 
@@ -33,13 +34,38 @@ class Events(StreamingResponse):
             self.task.cancel()
 
 
+async def while_wanted(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """`work`, cancelled when the client goes. The request's body must have been taken."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def respond(
-    request: Request, produce: Callable[[Emit], Coroutine[Any, Any, None]], *, named: bool = False
+    request: Request,
+    produce: Callable[[Emit], Coroutine[Any, Any, None]],
+    *,
+    named: bool = False,
+    takes_body: bool = False,
 ) -> Response:
     """`produce(emit)` as a response. What it raises before its first event is raised here, and
     becomes an ordinary answer; later it is an event (`error`, where events are named).
 
-    The task is cancelled when the client is gone: what must be finished, it does then.
+    The task is cancelled when the client is gone: what must be finished, it does then. takes_body:
+    `produce` reads the request's body, and so notices itself if the client goes until then.
     """
     queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(AHEAD)
 
@@ -55,8 +81,8 @@ async def respond(
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     try:
-        first = await queue.get()
-    except asyncio.CancelledError:
+        first = await (queue.get() if takes_body else while_wanted(request, queue.get()))
+    except (asyncio.CancelledError, ClientDisconnect):
         task.cancel()
         raise
     if isinstance(first, Exception):

@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Record:
     def __post_init__(self) -> None:
         if not (ID.fullmatch(self.id) and FILE.fullmatch(self.state) and FILE.fullmatch(self.log)):
             raise ValueError("a session.json names files that are not a session's")
+        if not isinstance(self.created, int | float):
+            raise ValueError(f"created must be a time, got {self.created!r:.50}")
 
 
 def new_id() -> str:
@@ -79,6 +82,8 @@ class Folder:
         """Take the folder, or raise ValueError where another server has it. limit: in bytes."""
         self.path, self.limit = path, limit
         self.sizes: dict[str, int] = {}
+        self.promised = 0  # bytes of writes that have begun
+        self.counting = threading.Lock()
         path.mkdir(parents=True, exist_ok=True)
         self.lock = (path / ".lock").open("wb")
         try:
@@ -92,11 +97,17 @@ class Folder:
 
     @property
     def used(self) -> int:
-        return sum(list(self.sizes.values()))
+        return sum(list(self.sizes.values())) + self.promised
 
     def check_room(self, size: int) -> None:
         if self.used + size > self.limit:
             raise full(f"{self.used:,} of {self.limit:,} bytes are used, {size:,} more were needed")
+
+    def take_room(self, name: str, size: int) -> None:
+        """Count `size` bytes more for a session or an upload, if there is room."""
+        with self.counting:
+            self.check_room(size)
+            self.sizes[name] = self.sizes.get(name, 0) + size
 
     def recover(self) -> list[Record]:
         """Every session, as of its last commit; what an ended process left half done is removed.
@@ -125,7 +136,7 @@ class Folder:
         if (path / record.log).stat().st_size < length or not (path / record.state).exists():
             raise ValueError("its log or its state is not there")
         os.truncate(path / record.log, length)
-        self._sweep(record)
+        self.sweep(record)
         return record
 
     def create(
@@ -158,14 +169,17 @@ class Folder:
         """Make `record` what the session is. state: a new one, or None to keep the old.
         tokens: a whole new log, or None to keep it (then what is appended to it counts).
 
-        Returns the record with the names of its files.
+        Returns the record with the names of its files. Those of the last commit are still there,
+        for whoever reads them: `sweep` when nobody is told of them any more.
         """
         path = self.path / record.id
         if state is not None:
             record = replace(record, state=f"{next_number(record.state)}.memory")
         if tokens is not None:
             record = replace(record, log=f"{next_number(record.log)}.tokens", logged=len(tokens))
-        with self._safely(record.id, 0 if state is None else state.nbytes):
+        size = 0 if state is None else state.nbytes
+        size += 0 if tokens is None else len(tokens) * record.token_bytes
+        with self._safely(record.id, size):
             try:
                 if state is not None:
                     put_state(path / record.state, state)
@@ -177,7 +191,6 @@ class Folder:
             except BaseException:
                 self._discard_new(path, record)
                 raise
-            self._sweep(record)
         return record
 
     def _discard_new(self, path: Path, record: Record) -> None:
@@ -223,16 +236,26 @@ class Folder:
 
     @contextlib.contextmanager
     def _safely(self, id: str, size: int) -> Iterator[None]:
-        """A write of about `size` bytes: what the disk refuses is an answer, sizes stay true."""
-        if size:
-            self.check_room(size)
+        """A write of about `size` bytes: what the disk refuses is an answer, sizes stay true.
+
+        The bytes are promised before the first is written, so that several writes at once stay
+        below the limit together. A file that is gone (`FileNotFoundError`) is the caller's matter.
+        """
+        with self.counting:
+            if size:
+                self.check_room(size)
+            self.promised += size
         try:
             yield
+        except FileNotFoundError:
+            raise
         except OSError as error:
             log.warning("session %s: %s", id, error)
             raise full(error.strerror or str(error)) from error
         finally:
-            self.measure(id)
+            with self.counting:
+                self.promised -= size
+                self.measure(id)
 
     def measure(self, id: str) -> None:
         try:
@@ -240,7 +263,7 @@ class Folder:
         except FileNotFoundError:
             self.sizes.pop(id, None)
 
-    def _sweep(self, record: Record) -> None:
+    def sweep(self, record: Record) -> None:
         """Remove what the record does not name."""
         path = self.path / record.id
         kept = {"session.json", record.state, record.log, *([ORIGIN] if record.origin else [])}
@@ -262,12 +285,11 @@ class Log:
 
     def append(self, tokens: np.ndarray) -> None:
         content = tokens.astype(f"<u{self.record.token_bytes}").tobytes()
-        self.folder.check_room(len(content))
+        self.folder.take_room(self.record.id, len(content))
         try:
             self.file.write(content)
         except OSError as error:
             raise full(error.strerror or str(error)) from error
-        self.folder.sizes[self.record.id] += len(content)
         self.count += len(tokens)
 
     def finish(self) -> None:
@@ -299,8 +321,7 @@ class Upload:
             yield block
 
     def write(self, chunk: bytes) -> None:
-        self.folder.check_room(len(chunk))
-        self.folder.sizes[self.path.name] = self.folder.sizes.get(self.path.name, 0) + len(chunk)
+        self.folder.take_room(self.path.name, len(chunk))
         try:
             self.file.write(chunk)
             self.file.flush()

@@ -45,7 +45,7 @@ class Guard:
     """Around the whole application: checks, counts and times requests, and adds headers."""
 
     def __init__(
-        self, app: ASGIApp, settings: ServeSettings, hosts: set[str], metrics: Metrics
+        self, app: ASGIApp, settings: ServeSettings, hosts: set[str] | None, metrics: Metrics
     ) -> None:
         """hosts: of `allowed_hosts`."""
         self.app, self.settings, self.hosts, self.metrics = app, settings, hosts, metrics
@@ -121,7 +121,7 @@ class Guard:
     def check_host(self, headers: Headers) -> str:
         given = headers.getlist("host")
         host = given[0].lower() if len(given) == 1 else ""
-        if not HOST.fullmatch(host) or host not in self.hosts:
+        if not HOST.fullmatch(host) or (self.hosts is not None and host not in self.hosts):
             raise ApiError(421, "not a host of this server; name further ones with --allow-host")
         return host
 
@@ -148,9 +148,12 @@ def is_open(scope: Scope) -> bool:
     return scope["method"] in ("GET", "HEAD") and (path in OPEN or path.startswith(OPEN_UNDER))
 
 
-def allowed_hosts(settings: ServeSettings) -> set[str]:
+def allowed_hosts(settings: ServeSettings) -> set[str] | None:
     """Values of the Host header, in lower case, each with the port and (for --allow-host without
-    one, as behind a proxy) as given."""
+    one, as behind a proxy) as given. None, any, for a server on all addresses: it has more names
+    than it knows, and a token, which a page of another site does not have."""
+    if settings.host in ("0.0.0.0", "::") and settings.token and not settings.allow_hosts:
+        return None
     names = [*LOCAL_HOSTS, settings.host]
     with_port = {f"{bracketed(name)}:{settings.port}" for name in names}
     if settings.port == 80:

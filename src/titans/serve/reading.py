@@ -20,6 +20,7 @@ from titans.state import ModelState
 PIECE = 256
 OBSERVED_PIECE = 64
 REREAD_PIECE = 2048
+SOME = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,9 @@ def known_nll(step: Step) -> Tensor | None:
 
 
 async def once(tokens: np.ndarray) -> AsyncIterator[np.ndarray]:
-    yield tokens
+    """A text that is there, some of it at a time: what is cut from it is copied."""
+    for start in range(0, len(tokens), SOME):
+        yield tokens[start : start + SOME]
 
 
 async def in_pieces(

@@ -15,7 +15,7 @@ from titans.generate import Sampling
 from titans.serve.answering import Ask, answer, prompted
 from titans.serve.body import Fields, chunks, json_object, media_type
 from titans.serve.errors import JSON, ApiError
-from titans.serve.events import Emit, event, respond
+from titans.serve.events import Emit, event, respond, while_wanted
 from titans.serve.reading import (
     OBSERVED_PIECE,
     PIECE,
@@ -188,7 +188,7 @@ async def read_as_events(request: Request, size: int) -> Response:
                 done = {**describe_session(reader.session), "read": count}
                 await emit(event(done, "done"))
 
-    return await respond(request, produce, named=True)
+    return await respond(request, produce, named=True, takes_body=True)
 
 
 async def pieces_of(
@@ -241,7 +241,7 @@ async def ask(request: Request) -> Response:
         }
 
     if not streamed:
-        return JSON(await produce(ignore))
+        return JSON(await while_wanted(request, produce(ignore)))
 
     async def as_events(emit: Emit) -> None:
         done = await produce(lambda content: emit(event(content, "delta")))

@@ -124,6 +124,15 @@ class Store:
                 if session.record is record:
                     return content
 
+    def past(self, session: Session) -> tuple[np.ndarray, ModelState | None]:
+        """The tokens it has read as of its last commit, (n,) int64, and the state before them."""
+        try:
+            return np.array(session.tokens(), dtype=np.int64), session.origin()
+        except (OSError, ValueError) as error:
+            self.find(session.id)  # deleted meanwhile: 404
+            log.error("session %s: %s", session.id, error)
+            raise ApiError(500, "the session's file cannot be read") from None
+
     def drop_unused(self) -> None:
         """Forget the states, least used first, that are idle or more than memory may hold."""
         loaded = [s for s in self.sessions.values() if s.state is not None]
@@ -183,6 +192,8 @@ class Store:
             session.record = await asyncio.to_thread(self.folder.commit, used, state, tokens)
             if state is not None:
                 session.state = state
+            with contextlib.suppress(OSError):  # leftovers go at the next commit
+                await asyncio.to_thread(self.folder.sweep, session.record)
 
         await unbroken(both())
 
@@ -207,8 +218,12 @@ class Store:
         async with self.hold(id) as session:
 
             async def both() -> None:
-                await asyncio.to_thread(self.folder.delete, session.record)
-                del self.sessions[id]
+                del self.sessions[id]  # from here on nobody looks for its files
+                try:
+                    await asyncio.to_thread(self.folder.delete, session.record)
+                except BaseException:
+                    self.sessions[id] = session
+                    raise
 
             await unbroken(both())
 
@@ -230,10 +245,11 @@ class Store:
             origin = file(old, ORIGIN) if old.origin else None
             try:
                 return await self._add(record, file(old, old.state), origin, file(old, old.log))
-            except ApiError:
+            except FileNotFoundError as error:
                 if source.record is old and self.sessions.get(id) is source:
-                    raise
-                # Its files went with another commit while they were copied: now that one.
+                    log.error("session %s: %s", id, error)
+                    raise ApiError(500, "the session's file cannot be read") from None
+                # Its files went with another commit before they were copied: now that one.
 
     async def load(self, path: Path, model: str | None, name: Any) -> Session:
         """A session that goes on from a memory file. ValueError where it is not one."""

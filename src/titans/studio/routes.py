@@ -15,10 +15,11 @@ from starlette.staticfiles import StaticFiles
 from titans.generate import Sampling
 from titans.inspect import distance
 from titans.models.lm import TitansLM
-from titans.serve.answering import Ask
+from titans.serve.answering import Ask, whole_answer
 from titans.serve.body import Fields, json_object
+from titans.serve.completions import gather
 from titans.serve.errors import JSON, ApiError
-from titans.serve.events import Emit, event, respond
+from titans.serve.events import Emit, event, respond, while_wanted
 from titans.serve.reading import (
     OBSERVED_PIECE,
     in_pieces,
@@ -32,7 +33,6 @@ from titans.serve.reading import (
 from titans.serve.sessions import check_prompt, describe_session, store_of, take_ask
 from titans.serve.store import Session
 from titans.serve.text import Decoder
-from titans.state import ModelState
 from titans.studio import views
 from titans.studio.texts import built_in_texts
 
@@ -73,7 +73,7 @@ async def history(request: Request) -> Response:
     store = store_of(request)
     async with store.hold(request.path_params["id"]) as session:  # what is being read counts
         model = store.model_of(session)
-        (tokens, origin), described = past(session), describe_session(session)
+        (tokens, origin), described = store.past(session), describe_session(session)
 
     async def produce(emit: Emit) -> None:
         skipped = max(0, len(tokens) - SHOWN)
@@ -101,12 +101,29 @@ async def compare_ask(request: Request) -> Response:
     fields.finish()
     ids = check_prompt(store, store.tokenizer.encode(prompt))
     model, state = store.model_of(session), await store.state(session)
-    tokens = session.tokens()
-    attention = request.app.state.attention
-    answers = await store.engine.call(
-        lambda: views.three_readers(model, attention, store.tokenizer, state, tokens, ids, ask)
-    )
-    return JSON({"readers": {name: asdict(answer) for name, answer in answers.items()}})
+    tokens, _ = store.past(session)
+
+    async def without_memory(reader: TitansLM | None) -> views.Answer:
+        """Of a reader that never wrote: only the last tokens that can matter are read."""
+        if reason := views.unavailable(reader, tokens):
+            return views.Answer(unavailable=reason)
+        assert reader is not None
+        start = await store.engine.call(lambda: views.never_written(reader, tokens))
+        said = await whole_answer(store.engine, reader, store.tokenizer, start, ids, ask, False)
+        return views.Answer(text=said, tokens_read=len(tokens))
+
+    async def with_memory() -> views.Answer:
+        said = await whole_answer(store.engine, model, store.tokenizer, state, ids, ask)
+        return views.Answer(text=said, tokens_read=state.position)
+
+    readers = {
+        "memory": with_memory(),
+        "off": without_memory(model),
+        "attention": without_memory(request.app.state.attention),
+    }
+    answers = await while_wanted(request, gather(list(readers.values())))
+    told = {name: asdict(one) for name, one in zip(readers, answers, strict=True)}
+    return JSON({"readers": told})
 
 
 async def probe(request: Request) -> Response:
@@ -116,50 +133,63 @@ async def probe(request: Request) -> Response:
     index = required(fields, "index")
     fields.finish()
     session = store.find(request.path_params["id"])
-    model, (tokens, origin) = store.model_of(session), past(session)
+    model, (tokens, origin) = store.model_of(session), store.past(session)
     check_index(index, tokens)
-    before = (await reread(store.engine, model, tokens[:index], origin)).state
-    token = int(tokens[index])
-    seen = await store.engine.call(lambda: views.Probed(model, before, token, index))
-    rest = tokens[index + 1 :]
-    size = max(16, -(-len(rest) // views.CURVE_POINTS))
-    for start in range(0, len(rest), size):
-        piece = rest[start : start + size]
-        after = (await reread(store.engine, model, piece, seen.state)).state
-        await store.engine.call(partial(seen.add, after))
-    return JSON(seen.as_json())
+
+    async def look() -> views.Probed:
+        before = (await reread(store.engine, model, tokens[:index], origin)).state
+        token = int(tokens[index])
+        seen: views.Probed = await store.engine.call(
+            lambda: views.Probed(model, before, token, index)
+        )
+        rest = tokens[index + 1 :]
+        size = max(16, -(-len(rest) // views.CURVE_POINTS))
+        for start in range(0, len(rest), size):
+            piece = rest[start : start + size]
+            after = (await reread(store.engine, model, piece, seen.state)).state
+            await store.engine.call(partial(seen.add, after))
+        return seen
+
+    return JSON((await while_wanted(request, look())).as_json())
 
 
 async def erase(request: Request) -> Response:
     """Read everything again without a passage, or with another instead; the session goes on
-    from there."""
+    from there. With `tokens_read`, only if it has read so many: places move when others write."""
     store, id = store_of(request), request.path_params["id"]
     fields = await json_object(request)
     passage = required(fields, "start"), required(fields, "stop")
     instead = np.array(store.tokenizer.encode(fields.text("instead", "")), dtype=np.int64)
     questions = fields.texts("questions", MOST_QUESTIONS)
+    expected = fields.integer("tokens_read", None, 0, 2**53)
     fields.finish()
     ask = Ask(sampling=Sampling(temperature=0.0), max_tokens=12, stop=("»",))
     prompts = [check_prompt(store, store.tokenizer.encode(text)) for text in questions]
-    async with store.hold(id) as session:
-        tokens, origin = past(session)
-        if not 0 <= passage[0] < passage[1] <= len(tokens):
-            raise ValueError(
-                f"expected start < stop within 0..{len(tokens)}, got {passage[0]} and {passage[1]}"
-            )
-        edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
 
-        new = await reread(store.engine, store.model_of(session), edited, origin)
+    async def work() -> dict[str, Any]:
+        async with store.hold(id) as session:
+            tokens, origin = store.past(session)
+            if expected not in (None, session.record.tokens_read):
+                raise ApiError(409, "the memory has read on since; nothing was erased", "stale")
+            if not 0 <= passage[0] < passage[1] <= len(tokens):
+                raise ValueError(
+                    f"expected start < stop within 0..{len(tokens)}, "
+                    f"got {passage[0]} and {passage[1]}"
+                )
+            edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
+            new = await reread(store.engine, store.model_of(session), edited, origin)
 
-        def report(model: TitansLM, session: Session) -> dict[str, Any]:
-            assert session.state is not None
-            old = session.state
-            return views.changed(model, store.tokenizer, old, new.state, prompts, ask)
+            def report(model: TitansLM, session: Session) -> dict[str, Any]:
+                assert session.state is not None
+                old = session.state
+                return views.changed(model, store.tokenizer, old, new.state, prompts, ask)
 
-        changes = await store.run(id, report)
-        await rewrite(store, session, edited, new)
-        counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
-        return JSON({**counts, **changes, "session": describe_session(session)})
+            changes = await store.run(id, report)
+            await rewrite(store, session, edited, new)
+            counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
+            return {**counts, **changes, "session": describe_session(session)}
+
+    return JSON(await while_wanted(request, work()))
 
 
 async def compare(request: Request) -> Response:
@@ -196,10 +226,11 @@ async def explain(request: Request) -> Response:
         return JSON(await store.engine.call(work))
 
     session = store.find(id)
-    model, (tokens, origin) = store.model_of(session), past(session)
+    model, (tokens, origin) = store.model_of(session), store.past(session)
     check_index(index, tokens)
     start = max(0, index - EXPLAINED_BEFORE)
-    before = (await reread(store.engine, model, tokens[:start], origin)).state
+    again = reread(store.engine, model, tokens[:start], origin)
+    before = (await while_wanted(request, again)).state
     near = tokens[start : index + 1 + EXPLAINED_AFTER]
     chosen = index - start if token is None else token
 
@@ -209,11 +240,6 @@ async def explain(request: Request) -> Response:
         )
 
     return JSON(await store.engine.call(look))
-
-
-def past(session: Session) -> tuple[np.ndarray, ModelState | None]:
-    """All it has read as of its last commit, (n,) int64, and the state before that."""
-    return np.array(session.tokens(), dtype=np.int64), session.origin()
 
 
 def check_index(index: int, tokens: np.ndarray) -> None:

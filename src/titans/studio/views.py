@@ -83,44 +83,22 @@ def continued(
     return text + stops.feed(decoder.finish(), last=True)
 
 
-def three_readers(
-    model: TitansLM,
-    attention: TitansLM | None,
-    tokenizer: Tokenizer,
-    state: ModelState,
-    tokens: np.ndarray,
-    prompt: Sequence[int],
-    ask: Ask,
-) -> dict[str, Answer]:
-    """One question to the memory, to the same weights with writing off, and to attention alone.
-
-    tokens: what was read into `state`; a memory from a file may have read more than that.
-    """
-    text = continued(model, tokenizer, state, prompt, ask)
-    answers = {"memory": Answer(text=text, tokens_read=state.position)}
-    for name, reader in (("off", model), ("attention", attention)):
-        answers[name] = without_memory(reader, tokenizer, tokens, prompt, ask)
-    return answers
-
-
-def without_memory(
-    model: TitansLM | None,
-    tokenizer: Tokenizer,
-    tokens: np.ndarray,
-    prompt: Sequence[int],
-    ask: Ask,
-) -> Answer:
-    """A reader of `tokens` that never wrote: only the last ones that can matter are read."""
+def unavailable(model: TitansLM | None, tokens: np.ndarray) -> str | None:
+    """Why a reader cannot be asked about `tokens`, or None."""
     if model is None:
-        return Answer(unavailable="This server has no attention-only model.")
+        return "This server has no attention-only model."
     if tokens.size and int(tokens.max()) >= model.config.vocab_size:
-        return Answer(unavailable="It has another vocabulary.")
-    state = model.init_state(1)
-    if tokens.size:
-        far = reach(model) or len(tokens)
-        state = without_writing(model, last(tokens, far), len(tokens))
-    text = continued(model, tokenizer, state, prompt, ask, write=False)
-    return Answer(text=text, tokens_read=len(tokens))
+        return "It has another vocabulary."
+    return None
+
+
+@torch.no_grad()
+def never_written(model: TitansLM, tokens: np.ndarray) -> ModelState:
+    """After `tokens`, (n,), without a write: only the last ones that can matter are read."""
+    if not tokens.size:
+        return model.init_state(1).fork()
+    far = reach(model) or len(tokens)
+    return without_writing(model, last(tokens, far), len(tokens))
 
 
 def last(tokens: np.ndarray, count: int) -> np.ndarray:
