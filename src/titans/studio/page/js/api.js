@@ -1,4 +1,5 @@
-// The server's HTTP interface. Every failure is an Error whose message can be shown as it is.
+// The server's HTTP interface. Every failure is an Error whose message can be shown as it is; its
+// `status` is the server's answer, where there was one, and `session` the memory it was asked of.
 
 const KEY = "titans-token";
 const LONG = 20000; // characters from which a text is read in larger pieces
@@ -15,31 +16,41 @@ function token() {
   return sessionStorage.getItem(KEY);
 }
 
-async function request(path, { method = "GET", headers = {}, body, signal } = {}) {
+const sessionOf = (path) => /\/sessions\/([^/?]+)/.exec(path)?.[1];
+
+async function request(path, options = {}) {
+  const { method = "GET", body, signal, session = sessionOf(path) } = options;
+  let { headers = {} } = options;
   const secret = token();
   if (secret) headers = { ...headers, Authorization: `Bearer ${secret}` };
-  let answer;
-  try {
-    answer = await fetch(path, { method, headers, body, signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is titans studio still running?", { cause: error });
-  }
-  if (!answer.ok) throw await failure(answer);
+  const answer = await fetch(path, { method, headers, body, signal }).catch(lost);
+  if (!answer.ok) throw await failure(answer, session);
   return answer;
 }
 
-async function failure(answer) {
+/** What the browser says of a broken connection, in words. */
+function lost(error) {
+  if (error?.name === "AbortError") throw error;
+  throw new Error("The server does not answer. Is titans studio still running?", { cause: error });
+}
+
+async function failure(answer, session) {
   let message = `The server answered ${answer.status}.`;
   try {
-    message = (await answer.json()).error.message;
+    message = sentence((await answer.json()).error.message);
   } catch {
     // Not JSON: the status says all there is.
   }
-  return Object.assign(new Error(message), { status: answer.status });
+  return Object.assign(new Error(message), { status: answer.status, session });
 }
 
-const json = async (path, options) => (await request(path, options)).json();
+/** A message of the server as a whole sentence; names of fields stay as they are. */
+function sentence(message) {
+  const text = message.replace(/^[a-z]+(?![\w.])/, (word) => word[0].toUpperCase() + word.slice(1));
+  return /[.!?]$/.test(text) ? text : `${text}.`;
+}
+
+const json = async (path, options) => (await request(path, options)).json().catch(lost);
 
 const post = (path, content, options = {}) =>
   json(path, {
@@ -49,12 +60,13 @@ const post = (path, content, options = {}) =>
     ...options,
   });
 
-/** The server's events, one {event, data} after the other. */
+/** The server's events, one {event, data} after the other; the last is "done". */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let [rest, last] = ["", ""];
   while (true) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
+    if (done && last !== "done") lost();
     if (done) return;
     const blocks = (rest + value).split(/\r?\n\r?\n/);
     rest = blocks.pop();
@@ -67,7 +79,8 @@ async function* events(answer) {
       }
       if (data.length === 0) continue;
       const content = JSON.parse(data.join("\n"));
-      if (event === "error") throw new Error((content.error ?? content).message);
+      if (event === "error") throw new Error(sentence((content.error ?? content).message));
+      last = event;
       yield { event, data: content };
     }
   }
@@ -82,12 +95,12 @@ export const api = {
 
   sessions: async () => (await json("/v1/sessions")).sessions,
   session: (id) => json(at(id)),
-  create: (content) => post("/v1/sessions", content),
+  create: (content) => post("/v1/sessions", content, { session: content.fork }),
   rename: (id, name) => post(at(id), { name }, { method: "PATCH" }),
   remove: (id) => request(at(id), { method: "DELETE" }),
   reset: (id) => post(at(id, "/reset"), {}),
   ask: (id, content) => post(at(id, "/ask"), content),
-  download: async (id) => (await request(at(id, "/memory"))).blob(),
+  download: async (id) => (await request(at(id, "/memory"))).blob().catch(lost),
   upload: (file, name) =>
     json(`/v1/sessions?name=${encodeURIComponent(name)}`, {
       method: "POST",
@@ -115,5 +128,6 @@ export const api = {
   probe: (id, content, signal) => post(studio(id, "probe"), content, { signal }),
   erase: (id, content) => post(studio(id, "erase"), content),
   compare: (id, other) => json(studio(id, `compare?with=${encodeURIComponent(other)}`)),
-  explain: (content, signal) => post("/studio/explain", content, { signal }),
+  explain: (content, signal) =>
+    post("/studio/explain", content, { signal, session: content.session }),
 };

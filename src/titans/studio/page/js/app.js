@@ -26,7 +26,11 @@ let stale = false; // the open memory read on elsewhere
 pane.addEventListener("cursor", () => charts.point(pane.cursor));
 charts.addEventListener("pick", (event) => pane.choose(event.position));
 studio.addEventListener("session", () => probe.clear());
+studio.addEventListener("session", () => {
+  if (!byId("view-memories").hidden) memories.refresh();
+});
 studio.addEventListener("stale", () => (stale = true));
+studio.addEventListener("gone", () => reader.show(null));
 byId("tint").addEventListener("change", (event) => tint(event.target.value));
 byId("failure-close").addEventListener("click", () => studio.clearFailure());
 addEventListener("themechange", () => charts.draw());
@@ -41,9 +45,12 @@ function tint(measure) {
   pane.setMeasure(measure);
 }
 
-async function reloadAfterErasing(from) {
-  await reader.show(await api.session(studio.session.id));
+async function reloadAfterErasing(id, from) {
+  const open = () => studio.session?.id === id; // another may have been opened meanwhile
+  if (open()) await reader.show(studio.session);
+  if (!open()) return;
   probe.clear();
+  if (from === undefined) return;
   pane.marks.push(from);
   pane.reveal(from);
   pane.clearLines();
@@ -65,7 +72,7 @@ function navigate() {
   if (view === "read") {
     pane.resize();
     charts.draw();
-    if (stale) {
+    if (stale && studio.session) {
       stale = false;
       studio.attempt(async () => reader.show(await api.session(studio.session.id)));
     }
@@ -81,7 +88,8 @@ async function start() {
     erase.update();
     const id = studio.remembered;
     const session = id ? await api.session(id).catch(() => null) : null;
-    if (session) await reader.show(session);
+    // A long past takes a while to show: the page is there before.
+    if (session) reader.show(session);
     else studio.setSession(null);
   });
   navigate();

@@ -67,7 +67,7 @@ export class Ask {
       const { readers } = await api.compareAsk(studio.session.id, content, current.signal);
       this.show(prompt, readers);
     } catch (error) {
-      if (error.name === "AbortError") return;
+      if (error.name === "AbortError" || studio.closed(error)) return;
       this.answers.replaceChildren(h("p", { class: "notice bad", role: "alert" }, error.message));
     }
   }

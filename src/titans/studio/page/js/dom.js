@@ -29,10 +29,18 @@ export const count = (n) => Math.round(n).toLocaleString("en-US");
 /** "1 token", "12 tokens" */
 export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 
-/** 127 KB */
+/** 127 KB; what would round to 1000 of a unit is 1.00 of the next. */
 export function bytes(n) {
   if (n < 1000) return `${n} B`;
-  return n < 1e6 ? `${(n / 1000).toPrecision(3)} KB` : `${(n / 1e6).toPrecision(3)} MB`;
+  if (n < 999.5e3) return `${(n / 1e3).toPrecision(3)} KB`;
+  return n < 999.5e6 ? `${(n / 1e6).toPrecision(3)} MB` : `${(n / 1e9).toPrecision(3)} GB`;
+}
+
+const LONGEST_NAME = 200; // characters that the server takes
+
+/** A name with something behind it, cut in front of that where it would be too long. */
+export function named(name, behind) {
+  return [...name].slice(0, LONGEST_NAME - behind.length).join("") + behind;
 }
 
 /** Three significant digits, in words where there is no number. */
@@ -40,8 +48,8 @@ export function number(x) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1000 && size < 1e6) return count(x);
-  if (size >= 0.001 && size < 1000) return x.toPrecision(3);
+  if (size >= 999.5 && size < 1e6) return count(x);
+  if (size >= 0.001 && size < 999.5) return x.toPrecision(3);
   const [digits, power] = x.toExponential(1).split("e");
   return `${digits}·10${[...String(Number(power))].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻").join("")}`;
 }

@@ -1,15 +1,16 @@
 // Forgetting a passage: everything is read again without it, and the questions are asked again.
 
-import { byId, h, number, plural } from "./dom.js";
+import { byId, h, named, number, plural } from "./dom.js";
 import { api, studio } from "./studio.js";
 
 export class ErasePanel {
-  /** reload(): show what the memory has read now. */
+  /** reload(id, from): where that memory is still open, show what it has read and the change. */
   constructor(pane, reload) {
     this.pane = pane;
     this.reload = reload;
     this.body = byId("erase-body");
     this.result = null;
+    this.running = false;
     pane.addEventListener("cursor", () => this.update());
     pane.addEventListener("erase", () => this.erase());
     for (const name of ["session-changed", "busy"])
@@ -25,6 +26,7 @@ export class ErasePanel {
   }
 
   update() {
+    if (this.running) return;
     const range = this.range();
     const facts = studio.busy ? [] : studio.log.facts();
     const help = h(
@@ -121,7 +123,16 @@ export class ErasePanel {
       prompt: ` «${fact.name}: `,
       edited: new RegExp(`«${fact.name}: (\\w+)»`).exec(instead)?.[1],
     }));
+    const passage = {
+      start: range[0] + studio.log.skipped,
+      stop: range[1] + studio.log.skipped,
+      tokens_read: studio.log.first + studio.log.length, // that the passage was chosen from
+      instead,
+      questions: questions.map((fact) => fact.prompt),
+    };
     this.result = null;
+    this.running = true;
+    studio.setBusy("erasing", true);
     this.body.replaceChildren(
       h(
         "p",
@@ -130,18 +141,27 @@ export class ErasePanel {
       ),
     );
     await studio.attempt(async () => {
-      if (keep) await api.create({ fork: session.id, name: `${session.name}, before erasing` });
-      const result = await api.erase(session.id, {
-        start: range[0] + studio.log.skipped,
-        stop: range[1] + studio.log.skipped,
-        instead,
-        questions: questions.map((fact) => fact.prompt),
-      });
-      this.result = report(result, questions);
-      await this.reload(range[0]);
+      const result = await this.request(session, passage, keep);
+      if (studio.session?.id === session.id) this.result = report(result, questions);
+      await this.reload(session.id, range[0]);
     });
-    this.update();
+    this.running = false;
+    studio.setBusy("erasing", false);
     byId("erase-result")?.focus();
+  }
+
+  /** Erase, after a fork where one is wanted; where the server refuses, nothing is left of that. */
+  async request(session, passage, keep) {
+    const before = { fork: session.id, name: named(session.name, ", before erasing") };
+    const fork = keep ? await api.create(before) : null;
+    try {
+      return await api.erase(session.id, passage);
+    } catch (error) {
+      // Without an answer it may have been erased: then the fork is what there was.
+      if (fork && error.status) await api.remove(fork.id).catch(() => {});
+      if (error.status === 409) await this.reload(session.id); // what it has read by now
+      throw error;
+    }
   }
 }
 

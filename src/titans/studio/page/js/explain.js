@@ -119,6 +119,10 @@ export class Explain {
     } catch (error) {
       if (error.name === "AbortError") return;
       this.data = this.key = null;
+      if (studio.closed(error)) {
+        await this.open(null); // the sample
+        return;
+      }
       this.root.replaceChildren(
         this.title(),
         h("p", { class: "notice bad", role: "alert" }, error.message),

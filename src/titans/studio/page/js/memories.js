@@ -1,6 +1,6 @@
 // The memories that the server holds: open, fork, save, load, compare, reset, delete.
 
-import { byId, bytes, count, h, number } from "./dom.js";
+import { byId, bytes, count, h, named, number } from "./dom.js";
 import { Comparison } from "./compare.js";
 import { api, studio } from "./studio.js";
 
@@ -132,7 +132,7 @@ export class Memories {
   unused(name) {
     const taken = new Set((this.sessions ?? []).map((session) => session.name));
     let next = name;
-    for (let i = 2; taken.has(next); i++) next = `${name} ${i}`;
+    for (let i = 2; taken.has(next); i++) next = named(name, ` ${i}`);
     return next;
   }
 
@@ -146,7 +146,7 @@ export class Memories {
 
   fork(session) {
     return studio.attempt(async () => {
-      await api.create({ fork: session.id, name: this.unused(`${session.name}, fork`) });
+      await api.create({ fork: session.id, name: this.unused(named(session.name, ", fork")) });
       await this.refresh();
     });
   }

@@ -27,6 +27,11 @@ export class ProbePanel {
     this.offer();
   }
 
+  cancel() {
+    this.clear();
+    this.pane.scroller.focus({ preventScroll: true });
+  }
+
   /** Before a token is chosen: what this is for, and tokens that were written. */
   offer() {
     if (this.current) return;
@@ -66,7 +71,12 @@ export class ProbePanel {
     this.result = null;
     this.body.replaceChildren(
       this.head(index),
-      h("p", { class: "busy" }, "Reading up to this token again …"),
+      h(
+        "div",
+        { class: "row" },
+        h("p", { class: "busy" }, "Reading the text again …"),
+        h("button", { class: "small", type: "button", onclick: () => this.cancel() }, "Cancel"),
+      ),
     );
     try {
       const result = await api.probe(
@@ -76,7 +86,7 @@ export class ProbePanel {
       );
       this.show(index, result);
     } catch (error) {
-      if (error.name === "AbortError") return;
+      if (error.name === "AbortError" || studio.closed(error)) return;
       this.body.replaceChildren(
         this.head(index),
         h("p", { class: "notice bad", role: "alert" }, error.message),

@@ -7,6 +7,7 @@ import { api, studio } from "./studio.js";
 const OWN = "own";
 const NEXT = "";
 const CHARTS_EVERY = 100; // milliseconds
+const PATIENCE = 400; // milliseconds before the page says that it reads a memory's past
 
 export class Reader {
   constructor(pane, charts) {
@@ -14,6 +15,7 @@ export class Reader {
     this.charts = charts;
     this.choice = byId("text-choice");
     this.own = byId("own-text");
+    this.partial = false; // of the open memory's past, not all is in the log
     this.player = new Player(
       (piece, from, to) => studio.log.append(piece, from, to),
       () => this.drawn(),
@@ -23,6 +25,12 @@ export class Reader {
     byId("read").addEventListener("click", () => this.read());
     byId("hurry").addEventListener("click", () => this.player.hurry());
     byId("stop").addEventListener("click", () => this.stop());
+    byId("stop-past").addEventListener("click", () => this.stop());
+    studio.addEventListener("busy", () => {
+      this.choice.disabled = studio.busy;
+      if (studio.busy) byId("read").disabled = true;
+      else this.preview();
+    });
     byId("own-file-button").addEventListener("click", () => byId("own-file").click());
     byId("own-file").addEventListener("change", (event) => {
       this.take(event.target.files[0]);
@@ -98,41 +106,58 @@ export class Reader {
     const text = this.text();
     if (!text || studio.busy) return;
     const controller = (this.controller = new AbortController());
+    studio.setBusy("reading", true);
     await studio.attempt(async () => {
       if (!studio.session) studio.setSession(await api.create({ name: "First reading" }));
       this.begin(text);
       try {
-        await this.consume(api.read(studio.session.id, text, controller.signal));
+        await this.consume(api.read(studio.session.id, text, controller.signal), controller.signal);
       } catch (error) {
         // The server may have read more than was shown, or less: show what it has.
-        if (this.controller === controller) await this.show(studio.session);
+        if (this.controller === controller && error.status !== 404) await this.show(studio.session);
         throw error;
       }
       this.choice.value = NEXT;
       announce(`Read. ${plural(studio.session.tokens_read, "token")} in all.`);
+      // Something else had let it read, or a past could not be shown: begin anew.
+      const { first, length } = studio.log;
+      if (first + length !== studio.session.tokens_read) await this.show(studio.session);
     });
     if (this.controller === controller) this.end();
   }
 
-  /** Show what a memory has read so far. */
+  /** Show what a memory has read so far; what was shown before stays until its past arrives. */
   async show(session) {
     this.controller?.abort();
     this.player.stop();
+    const { signal } = (this.controller = new AbortController());
+    if (!session) this.open(null);
+    else {
+      this.begin("");
+      this.player.hurry();
+      clearTimeout(this.slow);
+      this.slow = setTimeout(() => (byId("past").hidden = false), PATIENCE);
+      await studio.attempt(() =>
+        this.consume(api.history(session.id, signal), signal, () => this.open(session)),
+      );
+    }
+    if (this.controller.signal !== signal) return;
+    // Of a past in part nobody knows which tokens these are: nothing could be probed or erased.
+    if (this.partial || (signal.aborted && !studio.session)) this.open(null);
+    this.end();
+  }
+
+  /** Take a memory, of which nothing is shown yet. */
+  open(session) {
+    this.partial = session !== null;
     studio.log.clear();
     this.pane.clear();
     this.charts.build();
     studio.setSession(session);
-    const controller = (this.controller = new AbortController());
-    if (session) {
-      this.begin("");
-      this.player.hurry();
-      await studio.attempt(() => this.consume(api.history(session.id, controller.signal)));
-    }
-    if (this.controller === controller) this.end();
   }
 
   begin(text) {
-    studio.setBusy(true);
+    studio.setBusy("reading", true);
     this.unread = text;
     this.taken = studio.log.length; // tokens of the log that are accounted for
     this.seen = 0; // characters of this text that were read
@@ -141,16 +166,21 @@ export class Reader {
     this.pane.following = true;
     for (const id of ["read", "pace-field"]) byId(id).hidden = true;
     for (const id of ["hurry", "stop"]) byId(id).hidden = text === "";
-    this.choice.disabled = true;
     byId("progress").classList.toggle("shown", text !== "");
   }
 
-  async consume(pieces) {
+  /** Show the pieces as they come; begun() is called before the first event is. */
+  async consume(pieces, signal, begun = () => {}) {
     for await (const { event, data } of pieces) {
+      signal.throwIfAborted(); // events that had arrived by then still come
+      begun();
+      begun = () => {};
       if (event === "piece") await this.player.add(data);
       else if (event === "done") {
         await this.player.finish();
+        signal.throwIfAborted();
         studio.log.skipped = data.skipped ?? studio.log.skipped;
+        this.partial = false;
         studio.setSession(data);
       }
     }
@@ -175,16 +205,17 @@ export class Reader {
 
   stop() {
     this.controller.abort();
+    this.player.stop();
   }
 
   end() {
-    studio.setBusy(false);
     for (const id of ["read", "pace-field"]) byId(id).hidden = false;
     for (const id of ["hurry", "stop"]) byId(id).hidden = true;
     byId("progress").classList.remove("shown");
-    this.choice.disabled = false;
+    clearTimeout(this.slow);
+    byId("past").hidden = true;
     this.unread = "";
-    this.preview();
+    studio.setBusy("reading", false);
     this.charts.draw();
   }
 }

@@ -11,7 +11,7 @@ class Studio extends EventTarget {
   info = null; // of /studio/info
   texts = [];
   session = null;
-  busy = false; // a text is being read or shown
+  busyWith = new Set(); // "reading" (or showing) a text, "erasing"
   attempts = 0; // that are under way
 
   get model() {
@@ -37,8 +37,12 @@ class Studio extends EventTarget {
     return sessionStorage.getItem(OPEN);
   }
 
-  setBusy(busy) {
-    this.busy = busy;
+  get busy() {
+    return this.busyWith.size > 0;
+  }
+
+  setBusy(what, busy) {
+    this.busyWith[busy ? "add" : "delete"](what);
     this.tell("busy");
   }
 
@@ -48,9 +52,21 @@ class Studio extends EventTarget {
 
   /** Show that something went wrong; the message is a whole sentence. */
   fail(error) {
-    if (error.name === "AbortError") return;
-    byId("failure-text").textContent = error.message;
+    if (error.name === "AbortError" || this.closed(error)) return;
+    this.say(error.message);
+  }
+
+  say(message) {
+    byId("failure-text").textContent = message;
     byId("failure").hidden = false;
+  }
+
+  /** Has the server lost the open memory? That is said; event "gone" lets the page close it. */
+  closed(error) {
+    if (error.status !== 404 || !this.session || error.session !== this.session.id) return false;
+    this.tell("gone");
+    this.say("The server no longer has this memory. What you read next goes into a new one.");
+    return true;
   }
 
   clearFailure() {

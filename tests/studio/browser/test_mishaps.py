@@ -1,0 +1,226 @@
+"""What goes wrong while the page waits: impatience, other tabs, and servers that forget or die."""
+
+import json
+import urllib.request
+
+import driver
+import pytest
+from test_page import LOG, no_sideways
+
+LONGEST = "n" * 200
+
+
+def send(server, path: str, content: object, method: str = "POST") -> dict:
+    """What another page would do: JSON, or a text."""
+    kind = "text/plain; charset=utf-8" if isinstance(content, str) else "application/json"
+    body = content if isinstance(content, str) else json.dumps(content)
+    request = urllib.request.Request(
+        server.url + path, data=body.encode(), headers={"Content-Type": kind}, method=method
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def hold(page, pattern: str) -> list:
+    """Requests that wait until the test lets them go."""
+    held: list = []
+    page.route(pattern, lambda route: held.append(route))
+    return held
+
+
+def wait_for(page, held: list) -> None:
+    for _ in range(200):
+        if held:
+            return
+        page.wait_for_timeout(30)
+    raise AssertionError("no such request came")
+
+
+def told(page) -> str:
+    page.wait_for_selector("#failure:visible")
+    return page.locator("#failure-text").inner_text()
+
+
+def length(page) -> int:
+    return page.evaluate(f"(async () => {LOG}.length)()")
+
+
+def test_one_erase_at_a_time_and_only_of_what_is_shown(open_page, server):
+    """Delete pressed again does nothing; where another tab read on, nothing is erased or left."""
+    page = open_page(server.url)
+    driver.read(page, "left")
+    (session,) = server.sessions()
+    held = hold(page, "**/erase")
+    page.click("#erase .suggestion >> nth=0")
+    page.click("#erase-button")
+    wait_for(page, held)
+    assert page.locator("#read").is_disabled()
+    page.focus("#pane")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Shift+ArrowLeft")
+    page.keyboard.press("Delete")
+    page.wait_for_timeout(200)
+    assert page.locator("#erase-button").count() == 0
+    assert len(held) == 1
+    assert len(server.sessions()) == 2  # with the fork of before
+    after = send(server, f"v1/sessions/{session['id']}/read", "and something more")
+    open_page.expected.append("409")
+    held[0].continue_()
+    assert told(page) == "The memory has read on since; nothing was erased."
+    assert [one["id"] for one in server.sessions()] == [session["id"]]
+    assert server.sessions()[0]["tokens_read"] == after["tokens_read"]
+    # The page has caught up, and erases when told so again.
+    page.wait_for_selector("#erase .suggestion")
+    assert length(page) == after["tokens_read"]
+    page.unroute("**/erase")
+    page.click("#erase .suggestion >> nth=0")
+    page.click("#erase-button")
+    page.wait_for_selector("#erase-result")
+    assert page.locator("#failure").is_hidden()
+    assert length(page) < after["tokens_read"]
+    assert len(server.sessions()) == 2
+
+
+def test_another_memory_opened_while_erasing(open_page, server):
+    """It is not taken for the one that was erased, whose fork has a name that the server takes."""
+    session = send(server, "v1/sessions", {"name": LONGEST})
+    other = send(server, "v1/sessions", {"name": "other"})
+    text = server.texts()["left"]["text"]
+    for one in (session, other):
+        send(server, f"v1/sessions/{one['id']}/read", text)
+    page = open_page(server.url, view="#memories")
+    page.click(f"[data-id='{session['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#erase .suggestion")
+    held = hold(page, "**/erase")
+    page.click("#erase .suggestion >> nth=0")
+    page.click("#erase-button")
+    wait_for(page, held)
+    page.click("nav >> text=Memories")
+    page.click(f"[data-id='{other['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#chip-name:text-is('other')")
+    held[0].continue_()
+    page.wait_for_selector("#ask-button:not([disabled])")
+    assert length(page) == len(text.encode())
+    assert page.locator(".gap").count() == 0
+    assert page.locator("#erase-result").count() == 0
+    read = {one["name"]: one["tokens_read"] for one in server.sessions()}
+    fork = LONGEST[: 200 - len(", before erasing")] + ", before erasing"
+    assert set(read) == {LONGEST, "other", fork}
+    assert read[LONGEST] < read["other"] == read[fork]
+
+
+def test_a_long_past_does_not_hold_up_the_page(open_page, server):
+    """It is there at once, says what it does, and can be told to stop."""
+    page = open_page(server.url)
+    driver.read(page, "left")
+    held = hold(page, "**/history")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    wait_for(page, held)
+    page.wait_for_selector("#past:visible")
+    page.click("nav >> text=Memories")
+    page.wait_for_selector(".memory")
+    page.click("nav >> text=Read")
+    page.click("#stop-past")
+    page.wait_for_selector("#read:visible")
+    assert page.locator("#chip").is_hidden()
+    assert page.locator("#past").is_hidden()
+    page.unroute("**/history")
+    page.click("nav >> text=Memories")
+    page.click("button:text-is('Open')")
+    page.wait_for_selector("#ask .suggestion")
+    assert length(page) == server.sessions()[0]["tokens_read"]
+    # A probe reads it too, and can be called off.
+    probes = hold(page, "**/probe")
+    page.click("#token .suggestion >> nth=0")
+    wait_for(page, probes)
+    page.click("#token >> text=Cancel")
+    page.wait_for_selector("#token .suggestion")
+
+
+def test_what_two_tabs_read(open_page, server):
+    """Reading on after another tab did shows the whole, in the order of the memory."""
+    page = open_page(server.url)
+    driver.read(page, "left")
+    (session,) = server.sessions()
+    send(server, f"v1/sessions/{session['id']}/read", "from elsewhere ")
+    page.select_option("#text-choice", "own")
+    page.fill("#own-text", "and from here")
+    driver.read(page, None)
+    text = page.evaluate(f"(async () => {LOG}.text.join(''))()")
+    assert text == server.texts()["left"]["text"] + "from elsewhere and from here"
+
+
+def test_a_memory_that_was_deleted_elsewhere(open_page, server):
+    """The page lets go of it, and reads what comes next into a new one."""
+    open_page.expected.append("404")
+    page = open_page(server.url)
+    driver.read(page, "left")
+    server.forget_all()
+    page.click("#ask .suggestion >> nth=0")
+    assert told(page).startswith("The server no longer has this memory.")
+    assert page.locator("#chip").is_hidden()
+    assert length(page) == 0
+    driver.read(page, "left")
+    assert page.locator("#failure").is_hidden()
+    assert length(page) == server.sessions()[0]["tokens_read"]
+    for _ in range(2):  # the first Read notices, the second makes a new memory
+        server.forget_all()
+        page.select_option("#text-choice", "right")
+        page.click("#read")
+        assert told(page).startswith("The server no longer has this memory.")
+        page.wait_for_selector("#read:visible")
+        driver.read(page, "right")
+    assert len(server.sessions()) == 1
+    assert length(page) == server.sessions()[0]["tokens_read"]
+
+
+def test_a_server_that_dies_while_it_reads(browser, tmp_path):
+    """What was shown stays, and the message is the page's, not the browser's."""
+    server = driver.Server(tmp_path / "sessions")
+    context = browser.new_context(viewport=driver.WIDE)
+    try:
+        page = context.new_page()
+        driver.open_studio(page, server.url)
+        page.select_option("#text-choice", "long")
+        text = server.texts()["long"]["text"]
+        page.click("#read")
+        driver.until(page, f"(async () => {LOG}.length > 300)()")
+        server.process.kill()
+        assert told(page) == "The server does not answer. Is titans studio still running?"
+        page.wait_for_selector("#read:visible")
+        shown = page.evaluate(f"(async () => {LOG}.text.join(''))()")
+        assert len(shown) > 200
+        assert text.startswith(shown)
+        assert page.locator(".t").count() > 100
+    finally:
+        context.close()
+        server.stop()
+
+
+@pytest.mark.parametrize("letter", ["W", "\N{GRINNING FACE}"])
+def test_long_names_in_a_narrow_window(open_page, server, letter):
+    session = send(server, "v1/sessions", {"name": letter * 200})
+    page = open_page(server.url, view="#memories", size=driver.NARROW)
+    page.click("button:text-is('Fork')")
+    page.wait_for_selector("#memory-list .memory >> nth=1")
+    no_sideways(page)
+    page.click("button:text-is('Compare') >> nth=0")
+    page.wait_for_selector(".bars")
+    page.click("text=Ask both")
+    for side in "ab":
+        page.wait_for_selector(f"[data-side={side}] .answer")
+    no_sideways(page)
+    names = {one["name"] for one in server.sessions()}
+    assert names == {session["name"], letter * 194 + ", fork"}
+
+
+def test_how_numbers_are_written(open_page, server):
+    page = open_page(server.url)
+    written = page.evaluate(
+        "(async () => { const { bytes, number } = await import('/page/js/dom.js');"
+        "return [[999, 1000, 999499, 999500, 1e6, 999499999, 999500000].map(bytes),"
+        "[999.4, 999.5, 999.7, 1000, 0.001].map(number)]; })()"
+    )
+    sizes = ["999 B", "1.00 KB", "999 KB", "1.00 MB", "1.00 MB", "999 MB", "1.00 GB"]
+    assert written == [sizes, ["999", "1,000", "1,000", "1,000", "0.00100"]]
