@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.ops import MemoryNetwork, MemoryOutput, RuleState, neural_memory
+from titans.ops import MemoryNetwork, MemoryOutput, Network, RuleState, neural_memory
+from titans.ops.rule import RecentTokens
 
 LINEAR = MemoryNetwork(depth=1, residual=False, norm=False)
 MLP = MemoryNetwork(depth=2, expansion=2, residual=False, norm=False)
@@ -79,7 +80,7 @@ class Case:
 def build(
     seed: int = 0,
     *,
-    network: MemoryNetwork = LINEAR,
+    network: Network = LINEAR,
     length: int = 7,
     batch: int = 2,
     heads: int = 2,
@@ -91,14 +92,17 @@ def build(
     anchor: bool = False,
     chunk_size: int = 1,
     offset: int = 0,
-    objective: str = "l2",
+    objective: Any = "l2",
     max_surprise: float | None = None,
     block_size: int = 4,
     dtype: torch.dtype = torch.float64,
+    **own: Any,
 ) -> Case:
     """decay: None, "scalar" or "channel". offset: begin inside a chunk, with a base of its own.
+    own: window, retention and optimizer of `neural_memory`.
 
-    A state with momentum begins with some, so that a wrong coefficient of S_0 shows.
+    A state with momentum begins with some, so that a wrong coefficient of S_0 shows; one with a
+    window has tokens, of which the first sequence lacks the oldest.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,15 +138,26 @@ def build(
         tokens["momentum"] = gate(0.1, 0.7)
     if decay is not None:
         tokens["decay"] = gate(0.02, 0.4, channels=decay == "channel")
+    slots = own["optimizer"].slots if "optimizer" in own else int(momentum)
+    past = [tuple(matrices(0.1, batch, heads)) for _ in range(slots)]
     state = RuleState(
         weights=tuple(matrices(0.7, batch, heads)),
-        momentum=tuple(matrices(0.1, batch, heads)) if momentum else None,
+        momentum=sum(past, ()) or None,
         base=None,
         offset=offset,
     )
     if chunk_size > 1:
         base = tuple(matrices(0.7, batch, heads)) if offset else state.weights
         state = replace(state, base=base)
+    before = len(own.get("window", (1.0,))) - 1
+    if before:
+        recent = RecentTokens(
+            keys=F.normalize(normal(batch, heads, before, key_dim), dim=-1),
+            values=normal(batch, heads, before, value_dim),
+            present=torch.ones(batch, heads, before, dtype=dtype),
+        )
+        recent.present[0, :, 0] = 0.0
+        state = replace(state, recent=recent)
     return Case(
         tokens=tokens,
         state=state,
@@ -153,6 +168,7 @@ def build(
             "block_size": block_size,
             "max_surprise": max_surprise,
             "anchor": matrices(0.5, heads) if anchor else None,
+            **own,
         },
     )
 

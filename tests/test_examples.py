@@ -36,7 +36,23 @@ def loss_falls(output: str) -> bool:
     return values[-1] < 0.75 * values[0]
 
 
+def holds_more_than_keys_have_dimensions(output: str) -> bool:
+    """At 32 pairs for keys of 16: polynomial features hold what a matrix loses; windows help."""
+    row = next(line.split() for line in output.splitlines() if line.startswith("   32"))
+    linear, polynomial, windowed = map(float, row[1:])
+    return linear < 0.6 and 0.8 < polynomial < windowed
+
+
+def every_loss_falls(output: str) -> bool:
+    rows = [line.split() for line in output.splitlines()]
+    names = [row[0] for row in rows]
+    fell = [float(row[3]) < 0.85 * float(row[1]) for row in rows]
+    return names == ["Moneta", "Yaad", "Memora"] and all(fell)
+
+
 CHECKS = {
+    "atlas": holds_more_than_keys_have_dimensions,
+    "miras": every_loss_falls,
     "recall_without_training": recalls_what_fits,
     "stream_fork_save": lambda output: "one fork has read 44 tokens, the other 45" in output,
     "train_on_your_text": loss_falls,

@@ -11,6 +11,7 @@ from titans.generate import Sampling, decode_one, generate, prefill, stream
 from titans.layers.memory import MemoryState, NeuralMemory
 from titans.models.lm import TitansLM, load
 from titans.presets import preset, preset_names
+from titans.registry import register
 from titans.state import ModelState
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "prefill",
     "preset",
     "preset_names",
+    "register",
     "stream",
 ]
 __version__ = "0.1.0"

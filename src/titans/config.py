@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from titans.baselines import BASELINES
+from titans.registry import KINDS, find, registered
 
 Variant = Literal[
     "lmm",
@@ -58,8 +59,22 @@ class MemoryConfig:
     """M(x) = x + ..., NeurIPS text."""
     norm: bool = False
     """LayerNorm without gain on the network's output, NeurIPS text (affine or not: open)."""
-    objective: Literal["l2", "dot"] = "l2"
-    """Inner loss: 0.5 |M(k) - v|^2, or -<M(k), v>."""
+    objective: str = "l2"
+    """Inner loss: `l2` 0.5 |M(k) - v|^2, `dot` -<M(k), v>, or one that was registered. This and
+    the next three name inner workings of one's own, see `titans.register`."""
+    network: str = "mlp"
+    """Memory network: `mlp`, of the fields above, or one that was registered."""
+    retention: str = "decay"
+    """What forgetting is: `decay` (1 - alpha) M, or one that was registered."""
+    optimizer: str = "momentum"
+    """The inner optimiser: `momentum` S = eta S - theta gradient, without `momentum` its second
+    term alone, or one that was registered."""
+    window: int = 1
+    """Tokens whose gradients a step adds up, itself and those before it, all at the same weights:
+    ATLAS' Omega rule."""
+    window_decay: float = 1.0
+    """What a token of that window weighs beside the next one. The weights add up to 1: what their
+    sum would be belongs to theta. ATLAS lets the input decide them; these are constant."""
     chunk_size: int = 1
     """Tokens whose gradients share their weights; 1 is the exact per-token gradient."""
     gates: Literal["closing", "sigmoid", "exponential", "step", "constant"] = "closing"
@@ -134,7 +149,20 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_positive(self, "dim", "heads", "depth", "expansion", "chunk_size", "block_size")
+        for kind in KINDS:
+            if getattr(self, kind) not in registered(kind):
+                given = unknown(f"memory.{kind}", getattr(self, kind), registered(kind))
+                raise ValueError(f"{given}; titans.register adds others")
+        require_positive(
+            self, "dim", "heads", "depth", "expansion", "window", "chunk_size", "block_size"
+        )
+        if not 0 < self.window_decay <= 1:
+            raise ValueError(f"memory.window_decay must lie in (0, 1], got {self.window_decay}")
+        if self.network != "mlp" and self.decay == "channel":
+            raise ValueError(
+                "memory.decay = 'channel' needs the channels of network = 'mlp', "
+                f"got {self.network!r}"
+            )
         if self.head_dim is not None:
             require_positive(self, "head_dim")
         if self.decay_rank is not None and (self.decay_rank < 1 or self.decay != "channel"):
@@ -143,14 +171,15 @@ class MemoryConfig:
             raise ValueError(
                 f"memory.decay_rank needs a map to alpha, gates = {self.gates!r}: none"
             )
-        linear = self.linear
-        if not self.learn_initial and not linear:
+        if not self.learn_initial and not self.starts_empty:
             raise ValueError(
                 "memory.learn_initial = false needs a linear memory (depth 1, no norm), "
-                f"got depth {self.depth}, norm {self.norm}"
+                f"got depth {self.depth}, norm {self.norm}, network {self.network!r}, "
+                f"retention {self.retention!r}"
             )
         if self.decay_first and not (
-            linear
+            self.linear
+            and not self.own
             and (self.chunk_size, self.residual, self.objective) == (1, False, "l2")
             and (self.decay, self.decay_target, self.max_surprise) == ("scalar", "zero", None)
         ):
@@ -179,7 +208,19 @@ class MemoryConfig:
     @property
     def linear(self) -> bool:
         """Is the memory one matrix, its output linear in what was written?"""
-        return self.depth == 1 and not self.norm
+        return self.depth == 1 and not self.norm and self.network == "mlp"
+
+    @property
+    def starts_empty(self) -> bool:
+        """Can the memory start from zero? A deep one has no gradient there."""
+        return self.linear and self.retention == "decay"
+
+    @property
+    def own(self) -> list[str]:
+        """What is not the rule's own, e.g. "objective 'huber'"."""
+        names = {kind: getattr(self, kind) for kind in KINDS}
+        own = [f"{kind} {name!r}" for kind, name in names.items() if find(kind, name) is not None]
+        return [*own, f"window {self.window}"] if self.window > 1 else own
 
     @property
     def learning_rate_limit(self) -> float:
@@ -264,12 +305,22 @@ class TitansConfig:
         """Names the function the model computes; a memory file carries it.
 
         `impl`, `block_size` and `precision` are left out: they change speed and rounding only; and
-        so is `key_init`, which a trained model has behind it.
+        so is `key_init`, which a trained model has behind it. What was registered counts by its
+        name. Fields younger than the first memory files count where they are not at their default.
         """
-        content = dataclasses.asdict(self)
-        for name in ("impl", "block_size", "precision", "key_init"):
-            del content["memory"][name]
+        content = dataclasses.asdict(self) | {"memory": hashed_fields(self.memory)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hashed_fields(memory: MemoryConfig) -> dict[str, Any]:
+    """The fields that `TitansConfig.hash` counts."""
+    content = dataclasses.asdict(memory)
+    for name in ("impl", "block_size", "precision", "key_init"):
+        del content[name]
+    for name in ("network", "retention", "optimizer", "window", "window_decay"):
+        if content[name] == getattr(MemoryConfig, name):
+            del content[name]
+    return content
 
 
 def has_memory(variant: str) -> bool:
@@ -282,6 +333,11 @@ def baseline_fields(variant: str, memory: MemoryConfig) -> dict[str, Any]:
     one that contradicts the variant is a ValueError."""
     if variant not in BASELINES:
         return {}
+    if memory.own and has_memory(variant):
+        raise ValueError(
+            f"variant {variant!r} has its own memory, got {', '.join(memory.own)}; "
+            "other rules are variant 'lmm' with their own [memory]"
+        )
     baseline = BASELINES[variant]
     defaults = {f.name: f.default for f in dataclasses.fields(MemoryConfig)}
     for name, value in baseline.memory.items():

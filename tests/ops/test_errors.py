@@ -156,7 +156,11 @@ def test_tensors_that_do_not_fit(case, message):
 SETTINGS = {
     "chunk_size": (PLAIN, {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
     "block_size": (PLAIN, {"block_size": -3}, "block_size must be at least 1, got -3"),
-    "objective": (PLAIN, {"objective": "l1"}, "objective must be one of l2, dot, got 'l1'"),
+    "objective": (
+        PLAIN,
+        {"objective": "l1"},
+        "objective must be one of l2, dot or a function, got 'l1'",
+    ),
     "max_surprise": (PLAIN, {"max_surprise": 0.0}, "max_surprise must be positive, got 0.0"),
     "impl": (
         PLAIN,

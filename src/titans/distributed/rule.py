@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from titans.distributed.peers import Peers
-from titans.ops import MemoryNetwork, RuleState, neural_memory
-from titans.ops.api import Gate, Implementation, Precision, each_gate
+from titans.ops import MemoryNetwork, Network, Optimizer, Retention, RuleState, neural_memory
+from titans.ops.api import Gate, Implementation, Precision, each_gate, own_parts
 from titans.ops.networks import Objective
 from titans.ops.rule import MemoryOutput
 
@@ -30,10 +30,13 @@ def neural_memory_sliced(
     learning_rate: Gate,
     *,
     state: RuleState,
-    network: MemoryNetwork,
+    network: Network,
     momentum: Gate | None = None,
     decay: Gate | None = None,
     objective: Objective = "l2",
+    window: Sequence[float] = (1.0,),
+    retention: Retention | None = None,
+    optimizer: Optimizer | None = None,
     chunk_size: int = 1,
     block_size: int = 64,
     anchor: Sequence[Tensor] | None = None,
@@ -47,8 +50,15 @@ def neural_memory_sliced(
     that after this slice for a linear memory, for a deep one that after the whole text; the last
     process has the text's in either case.
 
-    Raises ValueError besides those of `neural_memory`: the heads cannot be shared out.
+    Raises ValueError besides those of `neural_memory`: the heads cannot be shared out; inner
+    workings of one's own.
     """
+    own = own_parts(network, objective, window, retention, optimizer)
+    if own:
+        raise ValueError(
+            f"several processes cannot share a text with {' and '.join(own)} of one's own"
+        )
+    assert isinstance(network, MemoryNetwork)
     rule = partial(
         neural_memory,
         network=network,
@@ -112,7 +122,7 @@ def neural_memory_sliced(
     )
 
 
-def composes(network: MemoryNetwork, chunk_size: int, max_surprise: float | None) -> bool:
+def composes(network: Network, chunk_size: int, max_surprise: float | None) -> bool:
     """Is the state after a slice linear in the state before it? With larger chunks too, but
     there it also depends on where in a chunk the slice begins."""
     return network.linear and chunk_size == 1 and max_surprise is None

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from titans.config import MemoryConfig, TitansConfig, check_fields
+from titans.config import MemoryConfig, TitansConfig, check_fields, hashed_fields
 from titans.distributed import Peers
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
 from titans.models.lm import HiddenOutput, TitansLM
@@ -406,10 +406,7 @@ def base_facts(config: Any) -> dict[str, Any]:
 
 
 def adapter_hash(base: Any, config: AdapterConfig) -> str:
-    """Names the kind of state; how the rule is computed, and how keys began, is left out as in
-    `TitansConfig.hash`."""
-    content = asdict(config)
-    for name in ("impl", "block_size", "precision", "key_init"):
-        del content["memory"][name]
+    """Names the kind of state, by what `TitansConfig.hash` counts too."""
+    content = asdict(config) | {"memory": hashed_fields(config.memory)}
     text = json.dumps([base_facts(base), content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

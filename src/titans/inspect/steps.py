@@ -71,7 +71,8 @@ def explain(
     The reference form of the rule computes it, from what the layer is given in the model.
     Its size is T times that of the head's weights, so T is best a chunk, or a few dozen tokens.
 
-    Raises ValueError for a memory or head that the model does not have.
+    Raises ValueError for a memory or head that the model does not have, and for one whose
+    retention, optimizer or window is not the rule's own: the equations of `Step` are not theirs.
     """
     if state is None:
         state = model.init_state(1)
@@ -83,6 +84,11 @@ def explain(
     if not 0 <= head < model.config.memory.heads:
         raise ValueError(f"head must lie in 0..{model.config.memory.heads - 1}, got {head}")
     (_, layer, held), x = found[memory], memory_inputs(model, state, tokens)[memory]
+    if layer.retention is not None or layer.optimizer is not None or len(layer.window) > 1:
+        raise ValueError(
+            "explain knows the rule's own retention, optimizer and window, got "
+            f"{', '.join(layer.config.own)}"
+        )
     given = given_to_rule(layer, held, x, head)
     initial = [w[head : head + 1] for w in layer.first_weights()]
     anchor = initial if layer.anchored else None
@@ -161,14 +167,14 @@ def write(
     base = rule.weights if rule.offset == 0 or rule.base is None else rule.base
     at = base if anchor is None else [a + w for a, w in zip(anchor, base, strict=True)]
     key, value = (part.transpose(1, 2).to(at[0].dtype) for part in (given.keys, given.values))
-    inputs, errors = network.error_signals(at, key, value, config.objective, config.max_surprise)
+    inputs, errors = network.error_signals(at, key, value, layer.objective, config.max_surprise)
     result = neural_memory(
         *given[:4],
         state=rule,
         network=network,
         momentum=given.momentum,
         decay=given.decay,
-        objective=config.objective,
+        objective=layer.objective,
         chunk_size=config.chunk_size,
         anchor=anchor,
         max_surprise=config.max_surprise,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from titans.config import MemoryConfig
 from titans.distributed import Peers, neural_memory_sliced
 from titans.layers.convolution import CausalConv
-from titans.ops import MemoryNetwork, RuleState, neural_memory, read_memory
+from titans.ops import MemoryNetwork, Network, RuleState, neural_memory, read_memory
 from titans.ops.api import Gate
+from titans.ops.networks import Objective
 from titans.ops.tokens import emit_tokens, mix_tokens, unit_norm
+from titans.registry import find
 from titans.state import State
 
 # The read of an empty memory is zero: this bounds the slope of the norm after it.
@@ -61,13 +63,12 @@ class NeuralMemory(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = MemoryNetwork(
-            depth=config.depth,
-            expansion=config.expansion,
-            activation=config.activation,
-            residual=config.residual,
-            norm=config.norm,
-        )
+        self.network = build_network(config)
+        built_in: Any = config.objective
+        self.objective: Objective = find("objective", config.objective) or built_in
+        self.retention = find("retention", config.retention)
+        self.optimizer = find("optimizer", config.optimizer)
+        self.window = window_weights(config.window, config.window_decay)
         inner = config.heads * config.key_dim
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
         behind = inner if config.key_init == "previous" else 0
@@ -91,12 +92,10 @@ class NeuralMemory(nn.Module):
         the inner step by the inverse of that scale.
         """
         for weight in self.initial:
-            if self.config.depth == 1:
+            if self.config.starts_empty:
                 nn.init.zeros_(weight)
             else:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        if self.config.depth == 1 and self.config.norm:
-            nn.init.normal_(self.initial[0], std=self.config.key_dim**-0.5)
         if self.skip is not None:
             nn.init.ones_(self.skip)
         if self.config.key_init == "previous":  # the convolution puts them one token behind
@@ -104,12 +103,14 @@ class NeuralMemory(nn.Module):
             keys.copy_(queries)
 
     def init_state(self, batch_size: int = 1) -> MemoryState:
+        before = len(self.window) - 1
         rule = RuleState.init(
             self.first_weights(),
             batch_size,
-            momentum=self.config.momentum,
+            momentum=self.config.momentum if self.optimizer is None else self.optimizer.slots,
             chunk_size=self.config.chunk_size,
             zero=self.anchored,
+            recent=None if before == 0 else (before, self.config.key_dim, self.config.key_dim),
         )
         tail = None if self.conv is None else self.conv.init_tail(batch_size)
         return MemoryState(rule=rule, tail=tail)
@@ -164,7 +165,7 @@ class NeuralMemory(nn.Module):
         (q, k, v), seen, tail = self.mix(x, state.tail, peers)
         if not write:
             none = torch.zeros(q.shape[:3], device=x.device)
-            read = read_memory(q, state.rule.weights, self.network, self.anchor())
+            read = self.read(q, state.rule.weights)
             record = MemoryRecord(none, None, None, none)
             return (
                 self.emit(self.with_skip(read, v), self.opening(x)),
@@ -187,7 +188,10 @@ class NeuralMemory(nn.Module):
             network=self.network,
             momentum=momentum,
             decay=decay,
-            objective=config.objective,
+            objective=self.objective,
+            window=self.window,
+            retention=self.retention,
+            optimizer=self.optimizer,
             chunk_size=config.chunk_size,
             block_size=config.block_size,
             anchor=self.anchor(),
@@ -311,7 +315,10 @@ class NeuralMemory(nn.Module):
         self, q: Float[Tensor, "b t h k"], gate: Tensor | None, weights: tuple[Tensor, ...]
     ) -> Float[Tensor, "b t d"]:
         """M*(q): read fixed weights without writing (paper v1, eq. 21); gate: of `opening`."""
-        return self.emit(read_memory(q, weights, self.network, self.anchor()), gate)
+        return self.emit(self.read(q, weights), gate)
+
+    def read(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        return read_memory(q, weights, self.network, self.anchor(), self.retention)
 
 
 class MemoryGates(nn.Module):
@@ -452,6 +459,32 @@ class MemoryGates(nn.Module):
             else split[layer % sets].repeat(1, 1, 1, config.expansion)
             for layer in range(config.depth)
         ]
+
+
+def build_network(config: MemoryConfig) -> Network:
+    """The memory network that the config names. ValueError for one of another depth."""
+    own = find("network", config.network)
+    if own is None:
+        return MemoryNetwork(
+            depth=config.depth,
+            expansion=config.expansion,
+            activation=config.activation,
+            residual=config.residual,
+            norm=config.norm,
+        )
+    network = own(config)
+    if network.depth != config.depth:
+        raise ValueError(
+            f"network {config.network!r} has {network.depth} weight matrices, "
+            f"memory.depth must say so, got {config.depth}"
+        )
+    return network
+
+
+def window_weights(size: int, decay: float) -> tuple[float, ...]:
+    """Of the newest token first: decay^age, with sum 1."""
+    weights = [decay**age for age in range(size)]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def at_decayed_memory(

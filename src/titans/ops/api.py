@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,9 +15,10 @@ from titans.ops.chunked import neural_memory_chunked
 from titans.ops.compiled import neural_memory_compiled
 from titans.ops.exact import neural_memory_exact
 from titans.ops.native import BuildError, compiled, neural_memory_native, unsupported
-from titans.ops.networks import OBJECTIVES, MemoryNetwork, Objective
+from titans.ops.networks import OBJECTIVES, MemoryNetwork, Network, Objective
+from titans.ops.own import Optimizer, Retention, weights_of
 from titans.ops.reference import neural_memory_reference
-from titans.ops.rule import Gates, MemoryOutput, RuleState
+from titans.ops.rule import Gates, MemoryOutput, RecentTokens, RuleState
 from titans.ops.tokens import is_traced
 from titans.ops.triton import check_available, neural_memory_triton
 
@@ -33,10 +35,13 @@ def neural_memory(
     learning_rate: Gate,
     *,
     state: RuleState,
-    network: MemoryNetwork,
+    network: Network,
     momentum: Gate | None = None,
     decay: Gate | None = None,
     objective: Objective = "l2",
+    window: Sequence[float] = (1.0,),
+    retention: Retention | None = None,
+    optimizer: Optimizer | None = None,
     chunk_size: int = 1,
     block_size: int = 64,
     anchor: Sequence[Float[Tensor, "h _ _"]] | None = None,
@@ -54,12 +59,15 @@ def neural_memory(
         queries, keys, values: (B, T, H, D), T >= 1. Keys should have unit norm.
         learning_rate: theta in [0, inf), (B, T, H); a sequence gives one tensor per layer.
         state: from `RuleState.init(...)` or from an earlier call; never modified.
-        network: shape of the memory network.
+        network: shape of the memory network, or a `Network` of one's own.
         momentum: eta in [0, 1], (B, T, H), or per layer; None for no momentum.
         decay: alpha in [0, 1], (B, T, H), or (B, T, H, in) for decay per input channel, or per
             layer; None for no forgetting.
         objective: "l2" is 0.5 |M(k) - v|^2 (the factor of v1 eq. 12 is absorbed in theta),
-            "dot" is -<M(k), v>.
+            "dot" is -<M(k), v>; or the slope of a loss, (M(k), v) -> d loss / d M(k).
+        window: what the gradients of token t, t - 1, ... weigh in the step of token t, all taken
+            at M_base (ATLAS' Omega rule); the state holds the tokens. (1.0,) is token t alone.
+        retention, optimizer: of one's own, see there; None for the equations above.
         chunk_size: tokens that share the weights their gradients are taken at. 1 is the true
             per-token gradient; larger values change the function that is computed (eq. 16).
         block_size: tokens the exact form solves at once; a matter of speed only.
@@ -69,8 +77,9 @@ def neural_memory(
         impl: "reference" (loop), "chunked" (any network), "exact" (linear network,
             chunk_size 1), "compile" (chunked, its whole chunks through torch.compile), "native"
             (chunked or exact in C, for the CPU), "triton" (GPU kernels), or "auto": native, exact
-            or chunked, see `resolve_implementation`.
-            Twice differentiable are "reference" and "exact".
+            or chunked, see `resolve_implementation`. With a network, objective or window of one's
+            own it is chunked, with a retention or optimizer of one's own the reference.
+            Twice differentiable are "reference", "exact", and "chunked" with a part of one's own.
         precision: "bf16" lets native and triton round the factors of matrix products to bf16
             where the processor is faster with them; sums, gates and states stay float32.
 
@@ -82,20 +91,27 @@ def neural_memory(
         RuntimeError: impl="triton" without triton or without a GPU.
     """
     check_settings(chunk_size, block_size, objective, max_surprise, precision)
-    check_inputs(queries, keys, values, network)
-    check_state(state, keys, values, network, momentum is not None, chunk_size)
+    check_inputs(queries, keys, values)
+    slots = momentum is not None if optimizer is None else optimizer.slots
+    check_state(state, keys, values, network, slots, chunk_size)
+    check_window(window, state.recent, keys, values)
     check_anchor(anchor, state)
-    per_channel = any(a.ndim == 4 for a in each_gate(decay))
-    form = resolve_implementation(
-        impl,
-        network,
-        chunk_size,
-        max_surprise,
-        per_channel=per_channel,
-        device=keys.device.type,
-        dtype=state.weights[0].dtype,
-        traced=is_traced([queries, keys, values, *state.weights]),
-    )
+    own = own_parts(network, objective, window, retention, optimizer)
+    if own:
+        form = resolve_own(impl, own)
+    else:
+        assert isinstance(network, MemoryNetwork)
+        per_channel = any(a.ndim == 4 for a in each_gate(decay))
+        form = resolve_implementation(
+            impl,
+            network,
+            chunk_size,
+            max_surprise,
+            per_channel=per_channel,
+            device=keys.device.type,
+            dtype=state.weights[0].dtype,
+            traced=is_traced([queries, keys, values, *state.weights]),
+        )
 
     compute = state.weights[0].dtype
     batch, length, heads, _ = keys.shape
@@ -118,6 +134,9 @@ def neural_memory(
         options["block_size"] = block_size
     if form != "exact":
         options |= {"chunk_size": chunk_size, "max_surprise": max_surprise}
+    if own:
+        options["window"] = window
+        options |= {part: given for part, given in own.items() if part in OWN_FORMS["reference"]}
     if precision == "bf16" and form == "native":
         options["scan"] = partial(neural_memory_native, bf16=True)
     if precision == "bf16" and form == "triton":
@@ -144,11 +163,12 @@ FORMS: dict[str, Callable[..., MemoryOutput]] = {
 def read_memory(
     queries: Float[Tensor, "b t h k"],
     weights: Sequence[Float[Tensor, "b h _ _"]],
-    network: MemoryNetwork,
+    network: Network,
     anchor: Sequence[Float[Tensor, "h _ _"]] | None = None,
+    retention: Retention | None = None,
 ) -> Float[Tensor, "b t h v"]:
     """M*(q): read without writing, all queries from the same weights (paper v1, eq. 21)."""
-    at = weights if anchor is None else [a + w for a, w in zip(anchor, weights, strict=True)]
+    at = weights_of(weights, anchor, retention)
     q = queries.to(at[0].dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         y = network.apply(at, q)
@@ -204,6 +224,49 @@ def resolve_implementation(
     return impl
 
 
+# Which parts of one's own need which form: the others have the rule's own parts built in.
+OWN_FORMS = {
+    "chunked": ("network", "objective", "window"),
+    "reference": ("retention", "optimizer"),
+}
+
+
+def own_parts(
+    network: Network,
+    objective: Objective,
+    window: Sequence[float],
+    retention: Retention | None,
+    optimizer: Optimizer | None,
+) -> dict[str, Any]:
+    """What is not built in, by its name."""
+    own: dict[str, Any] = {}
+    if not isinstance(network, MemoryNetwork):
+        own["network"] = network
+    if callable(objective):
+        own["objective"] = objective
+    if len(window) > 1:
+        own["window"] = window
+    if retention is not None:
+        own["retention"] = retention
+    if optimizer is not None:
+        own["optimizer"] = optimizer
+    return own
+
+
+def resolve_own(impl: str, own: dict[str, Any]) -> str:
+    """As `resolve_implementation`, with parts of one's own; "auto" is the fastest that has them."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    in_loop = any(part in own for part in OWN_FORMS["reference"])
+    forms = ("reference",) if in_loop else ("chunked", "reference")
+    if impl != "auto" and impl not in forms:
+        raise ValueError(
+            f"impl={impl!r} has no {' and '.join(own)} of one's own; "
+            f"{' and '.join(forms)} {'has' if in_loop else 'have'} it"
+        )
+    return forms[0] if impl == "auto" else impl
+
+
 @functools.cache
 def automatic(
     network: MemoryNetwork,
@@ -233,25 +296,26 @@ def each_gate(gate: Gate | None) -> Sequence[Tensor]:
 
 
 def check_settings(
-    chunk_size: int, block_size: int, objective: str, max_surprise: float | None, precision: str
+    chunk_size: int,
+    block_size: int,
+    objective: Objective,
+    max_surprise: float | None,
+    precision: str,
 ) -> None:
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
     for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if not callable(objective) and objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective must be one of {', '.join(OBJECTIVES)} or a function, got {objective!r}"
+        )
     if max_surprise is not None and not max_surprise > 0:
         raise ValueError(f"max_surprise must be positive, got {max_surprise}")
 
 
-def check_inputs(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    network: MemoryNetwork,
-) -> None:
+def check_inputs(queries: Tensor, keys: Tensor, values: Tensor) -> None:
     for name, x in (("queries", queries), ("keys", keys), ("values", values)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (B, T, H, D), got shape {tuple(x.shape)}")
@@ -271,21 +335,17 @@ def check_inputs(
         raise ValueError("the sequence is empty: expected T >= 1 tokens")
     if keys.shape[3] == 0 or values.shape[3] == 0:
         raise ValueError("keys and values need at least one feature")
-    if network.residual and keys.shape[3] != values.shape[3]:
-        raise ValueError(
-            "a residual memory needs keys and values of one size, got "
-            f"{keys.shape[3]} and {values.shape[3]}"
-        )
 
 
 def check_state(
     state: RuleState,
     keys: Tensor,
     values: Tensor,
-    network: MemoryNetwork,
-    momentum: bool,
+    network: Network,
+    slots: int,
     chunk_size: int,
 ) -> None:
+    """slots: tensors kept per weight matrix; one for momentum, an `Optimizer` may have others."""
     batch, _, heads, key_dim = keys.shape
     expected = [(batch, heads, *s) for s in network.shapes(key_dim, values.shape[3])]
     for name, tensors in (
@@ -296,15 +356,16 @@ def check_state(
         if tensors is None:
             continue
         got = [tuple(w.shape) for w in tensors]
-        if got != expected:
-            raise ValueError(f"state.{name} must have shapes {expected}, got {got}")
+        wanted = expected * max(slots, 1) if name == "momentum" else expected
+        if got != wanted:
+            raise ValueError(f"state.{name} must have shapes {wanted}, got {got}")
         if any(w.dtype not in (torch.float32, torch.float64) for w in tensors):
             raise ValueError(
                 f"state.{name} must be float32 or float64, got {[str(w.dtype) for w in tensors]}"
             )
         check_alike(f"state.{name}", tensors, state.weights[0].dtype, keys.device)
-    if momentum != (state.momentum is not None):
-        given, held = ("is", "none") if momentum else ("is not", "some")
+    if (slots > 0) != (state.momentum is not None):
+        given, held = ("is", "none") if slots else ("is not", "some")
         raise ValueError(f"momentum {given} given but the state holds {held}")
     fits = chunk_size == 1 if state.base is None else chunk_size > 1
     if not fits:
@@ -316,6 +377,26 @@ def check_state(
         raise ValueError(
             f"state.offset must be below the chunk size {chunk_size}, got {state.offset}"
         )
+
+
+def check_window(
+    window: Sequence[float], recent: RecentTokens | None, keys: Tensor, values: Tensor
+) -> None:
+    held = 0 if recent is None else recent.keys.shape[2]
+    if len(window) != held + 1:
+        raise ValueError(f"the state was made for a window of {held + 1}, got {len(window)}")
+    if recent is None:
+        if window[0] != 1.0:
+            raise ValueError(f"a window of one token must weigh it 1, got {window[0]}")
+        return
+    if not all(math.isfinite(weight) for weight in window):
+        raise ValueError(f"the weights of a window must be finite, got {tuple(window)}")
+    batch, _, heads, _ = keys.shape
+    grid = (batch, heads, held)
+    expected = [(*grid, keys.shape[3]), (*grid, values.shape[3]), grid]
+    got = [tuple(x.shape) for x in recent.tensors().values()]
+    if got != expected:
+        raise ValueError(f"state.recent must have shapes {expected}, got {got}")
 
 
 def check_anchor(anchor: Sequence[Tensor] | None, state: RuleState) -> None:
@@ -339,7 +420,7 @@ def check_alike(
 def prepare_gate(
     name: str,
     gate: Gate,
-    network: MemoryNetwork,
+    network: Network,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     channels: Sequence[int] | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titans.ops.coefficients import Coefficients, coefficients
 from titans.ops.fused import group_size, neural_memory_fused
-from titans.ops.networks import MemoryNetwork, Objective
+from titans.ops.networks import MemoryNetwork, Network, Objective
 from titans.ops.rule import Gates, MemoryOutput, RuleState
 
 # (queries, keys, values, gates, weights, momentum, **settings) -> output, surprise, and both after.
@@ -32,18 +32,20 @@ def neural_memory_chunked(
     gates: Gates,
     state: RuleState,
     *,
-    network: MemoryNetwork,
+    network: Network,
     objective: Objective,
     chunk_size: int,
     anchor: Sequence[Tensor] | None,
     max_surprise: float | None,
+    window: Sequence[float] = (1.0,),
     scan: Scan = neural_memory_fused,
 ) -> MemoryOutput:
     """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks."""
     length = keys.shape[2]
     first = min(-state.offset % chunk_size, length)
     whole = (length - first) // chunk_size * chunk_size
-    if not fusable(gates, max_surprise) or not whole:
+    own = callable(objective) or len(window) > 1 or not isinstance(network, MemoryNetwork)
+    if own or not fusable(gates, max_surprise) or not whole:
         first, whole = length, 0
     # Reads of small chunks are grouped: an incomplete group of whole chunks stands alone.
     grouped = first + whole - whole % group_size(chunk_size)
@@ -80,6 +82,7 @@ def neural_memory_chunked(
                 chunk_size=chunk_size,
                 anchor=anchor,
                 max_surprise=max_surprise,
+                window=window,
             )
         parts.append((y, surprise))
     if len(parts) == 1:
@@ -101,15 +104,17 @@ def closed_form(
     gates: Gates,
     state: RuleState,
     *,
-    network: MemoryNetwork,
+    network: Network,
     objective: Objective,
     chunk_size: int,
     anchor: Sequence[Tensor] | None,
     max_surprise: float | None,
+    window: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor, RuleState]:
     """Loop over chunks, the first and the last maybe partial."""
     W, S, offset = state.weights, state.momentum, state.offset
     base = state.base or W
+    recent = None if state.recent is None else state.recent.followed_by(keys, values)
     outputs, surprises = [], []
     pieces = chunk_coefficients(gates, keys.shape[2], offset, chunk_size, network.depth)
     for start, stop, coefficient in pieces:
@@ -117,10 +122,17 @@ def closed_form(
             base = W
         at = base if anchor is None else [a + b for a, b in zip(anchor, base, strict=True)]
         k, v, q = (x[:, :, start:stop] for x in (keys, values, queries))
+        if recent is not None:  # those before the chunk that its windows reach back to
+            seen = recent.piece(start, stop + len(window) - 1)
+            k, v, spread = seen.keys, seen.values, spread_window(window, seen.present)
+            made = {id(c): c.windowed(spread) for c in coefficient}
+            coefficient = [made[id(c)] for c in coefficient]
         inputs, deltas = network.error_signals(at, k, v, objective, max_surprise)
         read = partial(read_layer, coefficient, W, S, inputs, deltas, anchor)
         outputs.append(network.forward(read, q))
-        surprises.append(torch.linalg.vector_norm(deltas[-1].detach(), dim=-1))
+        last = deltas[-1].detach()
+        own = last if recent is None else last[:, :, start - stop :]
+        surprises.append(torch.linalg.vector_norm(own, dim=-1))
         layers = range(network.depth)
         past: Sequence[Tensor | None] = S if S is not None else [None] * network.depth
         W = tuple(coefficient[i].final_weights(W[i], past[i], inputs[i], deltas[i]) for i in layers)
@@ -131,8 +143,23 @@ def closed_form(
                 if (s := coefficient[i].final_momentum(S[i], inputs[i], deltas[i])) is not None
             )
         offset = (offset + stop - start) % chunk_size
-    final = RuleState.after(W, S, base, offset, chunk_size)
+    if recent is not None:
+        recent = recent.last(len(window) - 1)
+    final = RuleState.after(W, S, base, offset, chunk_size, recent)
     return torch.cat(outputs, 2), torch.cat(surprises, 2), final
+
+
+def spread_window(window: Sequence[float], present: Tensor) -> Tensor:
+    """What token i counts in the gradient of token j, (..., C, E): a band of the window's weights.
+
+    present: (..., E), of the tokens of a chunk and the len(window) - 1 before it.
+    """
+    reach = len(window) - 1
+    weights = present.new_tensor(window)
+    newest = torch.arange(reach, present.shape[-1], device=present.device)[:, None]
+    age = newest - torch.arange(present.shape[-1], device=present.device)
+    band = torch.where((age >= 0) & (age <= reach), weights[age.clamp(0, reach)], 0.0)
+    return band * present[..., None, :]
 
 
 def read_layer(

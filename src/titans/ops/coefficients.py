@@ -13,7 +13,7 @@ long sums, so alpha = 1 and eta = 0 neither lose digits nor give NaN (what shoul
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -55,6 +55,18 @@ class Coefficients:
     def chunk(self, index: int) -> "Coefficients":
         """Coefficients of one chunk, where the chunks are axis 2."""
         return self.map(lambda x: x[:, :, index])
+
+    def windowed(self, window: Tensor) -> "Coefficients":
+        """The same where token j's gradient is sum_i window[j, i] g_i, (..., C, E), over E tokens.
+
+        Then G is (..., C, E), and last (..., E).
+        """
+        if self.per_channel:
+            G = torch.einsum("...tjr,...ji->...tir", self.G, window)
+        else:
+            G = self.G @ window
+        last = None if self.last is None else (self.last[..., None, :] @ window)[..., 0, :]
+        return replace(self, G=G, last=last)
 
     def before(self) -> "Coefficients":
         """The same one token earlier: what M_{t-1} is made of (for the exact form)."""

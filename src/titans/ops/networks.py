@@ -9,9 +9,12 @@ For one token the gradient of the loss with respect to W_l is the outer product
 a_l^T delta_l of the layer's input a_l and its error signal delta_l. Those two vectors are all
 that any form of the rule needs, so no gradient matrix is ever built, and no autograd runs
 inside the memory: it learns under `inference_mode` as well.
+
+A network of one's own need not know its error signals: `Network` has them from autograd.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,15 +25,62 @@ from jaxtyping import Float
 from torch import Tensor
 
 Activation = Literal["gelu", "silu"]
-Objective = Literal["l2", "dot"]
+BuiltInObjective = Literal["l2", "dot"]
+# Else the slope of a loss: (prediction, target), both (B, H, T, V), -> d loss / d prediction.
+Objective = BuiltInObjective | Callable[[Tensor, Tensor], Tensor]
 ACTIVATIONS = get_args(Activation)
-OBJECTIVES = get_args(Objective)
+OBJECTIVES = get_args(BuiltInObjective)
 
 LAYER_NORM_EPS = 1e-5
 
 
+class Network(ABC):
+    """A map of keys to values with `depth` weight matrices: what a memory network has to be.
+
+    `shapes` and `forward` define it, in torch operations that treat every token alone. A subclass
+    may also have `error_signals` that are faster than these.
+    """
+
+    depth: int
+
+    @abstractmethod
+    def shapes(self, key_dim: int, value_dim: int) -> list[tuple[int, int]]:
+        """(in, out) of every weight matrix."""
+
+    @abstractmethod
+    def forward(self, apply_layer: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+        """M(x), (..., T, V), of x (..., T, K). `apply_layer(l, a)` computes a W_l by whatever
+        form the caller has; it is called once for every layer."""
+
+    @property
+    def linear(self) -> bool:
+        """Is the error linear in the weights, as the exact parallel form needs?"""
+        return False
+
+    def apply(
+        self, weights: Sequence[Float[Tensor, "*b _ _"]], x: Float[Tensor, "*b t k"]
+    ) -> Float[Tensor, "*b t v"]:
+        """M(x) with the weights at hand."""
+        return self.forward(lambda layer, a: a @ weights[layer], x)
+
+    def error_signals(
+        self,
+        weights: Sequence[Float[Tensor, "*b _ _"]],
+        keys: Float[Tensor, "*b t k"],
+        values: Float[Tensor, "*b t v"],
+        objective: Objective,
+        max_surprise: float | None = None,
+    ) -> tuple[list[Float[Tensor, "*b t _"]], list[Float[Tensor, "*b t _"]]]:
+        """Inputs a_l and error signals delta_l of every layer; the gradient is a_l^T delta_l.
+
+        `max_surprise` bounds the norm of each token's gradient, layer by layer, by rescaling
+        delta_l. Differentiable where autograd is on; works without it, too.
+        """
+        return bounded(*differentiate(self, weights, keys, values, objective), max_surprise)
+
+
 @dataclass(frozen=True, kw_only=True)
-class MemoryNetwork:
+class MemoryNetwork(Network):
     """Shape of the memory network; its weights are values held elsewhere.
 
     depth: number of weight matrices, >= 1.
@@ -56,6 +106,11 @@ class MemoryNetwork:
 
     def shapes(self, key_dim: int, value_dim: int) -> list[tuple[int, int]]:
         """(in, out) of every weight matrix."""
+        if self.residual and key_dim != value_dim:
+            raise ValueError(
+                "a residual memory needs keys and values of one size, got "
+                f"{key_dim} and {value_dim}"
+            )
         hidden = [key_dim * self.expansion] * (self.depth - 1)
         return list(zip([key_dim, *hidden], [*hidden, value_dim], strict=True))
 
@@ -75,12 +130,6 @@ class MemoryNetwork:
         y = layer_norm(a)[0] if self.norm else a
         return x + y if self.residual else y
 
-    def apply(
-        self, weights: Sequence[Float[Tensor, "*b _ _"]], x: Float[Tensor, "*b t k"]
-    ) -> Float[Tensor, "*b t v"]:
-        """M(x) with the weights at hand."""
-        return self.forward(lambda layer, a: a @ weights[layer], x)
-
     def error_signals(
         self,
         weights: Sequence[Float[Tensor, "*b _ _"]],
@@ -89,10 +138,9 @@ class MemoryNetwork:
         objective: Objective,
         max_surprise: float | None = None,
     ) -> tuple[list[Float[Tensor, "*b t _"]], list[Float[Tensor, "*b t _"]]]:
-        """Inputs a_l and error signals delta_l of every layer; the gradient is a_l^T delta_l.
+        """As `Network` has them, written out.
 
-        Losses: l2 is 0.5 |M(k) - v|^2, dot is -<M(k), v>. `max_surprise` bounds the norm of
-        each token's gradient, layer by layer, by rescaling delta_l.
+        Losses: l2 is 0.5 |M(k) - v|^2, dot is -<M(k), v>.
         """
         inputs, outputs = [keys], []
         for layer in range(self.depth):
@@ -106,11 +154,65 @@ class MemoryNetwork:
         for layer in range(self.depth - 1, 0, -1):
             back = deltas[0] @ weights[layer].transpose(-1, -2)
             deltas.insert(0, back * activation_slope(self.activation, outputs[layer - 1]))
-        if max_surprise is not None:
-            deltas = [
-                bound_gradient(a, d, max_surprise) for a, d in zip(inputs, deltas, strict=True)
-            ]
-        return inputs, deltas
+        return bounded(inputs, deltas, max_surprise)
+
+
+def differentiate(
+    network: Network,
+    weights: Sequence[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    objective: Objective,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and error signals of every layer by autograd, whatever mode the caller is in."""
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, keys, values))
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.enable_grad():
+        if not graph:  # a copy, because autograd refuses what was made in inference mode
+            keys, values, *weights = (
+                x.clone() if x.is_inference() else x.detach() for x in (keys, values, *weights)
+            )
+
+        def apply_layer(layer: int, a: Tensor) -> Tensor:
+            z = a @ weights[layer]
+            inputs[layer] = a
+            outputs[layer] = z if z.requires_grad else z.requires_grad_()
+            return z
+
+        read = network.forward(apply_layer, keys)
+        if sorted(inputs) != list(range(network.depth)):
+            raise ValueError(
+                f"forward of {type(network).__name__} must apply the layers "
+                f"0..{network.depth - 1}, it applied {sorted(inputs)}"
+            )
+        deltas = torch.autograd.grad(
+            read,
+            [outputs[layer] for layer in range(network.depth)],
+            loss_slope(objective, read, values),
+            create_graph=graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    found = [inputs[layer] for layer in range(network.depth)]
+    if graph:
+        return found, list(deltas)
+    return [a.detach() for a in found], [delta.detach() for delta in deltas]
+
+
+def loss_slope(objective: Objective, read: Tensor, values: Tensor) -> Tensor:
+    """d loss / d read."""
+    if objective == "l2":
+        return read - values
+    if objective == "dot":
+        return -values
+    slope = objective(read, values)
+    if slope.shape != read.shape:
+        raise ValueError(
+            f"an objective must give a slope of the prediction's shape {tuple(read.shape)}, "
+            f"got {tuple(slope.shape)}"
+        )
+    return slope
 
 
 def output_error(
@@ -118,10 +220,10 @@ def output_error(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Error signal at the last layer's output z, and its LayerNorm: normed, inverse std."""
     normed, inverse_std = layer_norm(z) if network.norm else (z, None)
-    if objective == "l2":
-        error = normed + keys - values if network.residual else normed - values
-    else:
+    if objective == "dot":
         error = -values
+    else:
+        error = loss_slope(objective, normed + keys if network.residual else normed, values)
     if inverse_std is None:
         return error, normed, None
     return layer_norm_backward(normed, inverse_std, error), normed, inverse_std
@@ -157,6 +259,15 @@ def output_error_backward(
     d_std = (error * d_error).sum(-1, keepdim=True)
     d_z = layer_norm_backward(normed, inverse_std, d_normed)
     return d_z - normed * (d_std * inverse_std / normed.shape[-1]), d_keys, -d_error
+
+
+def bounded(
+    inputs: list[Tensor], deltas: list[Tensor], limit: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Error signals with `bound_gradient` in every layer, where there is a limit."""
+    if limit is not None:
+        deltas = [bound_gradient(a, d, limit) for a, d in zip(inputs, deltas, strict=True)]
+    return inputs, deltas
 
 
 def bound_gradient(a: Tensor, delta: Tensor, limit: float) -> Tensor:

@@ -12,20 +12,52 @@ from titans.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecentTokens(State):
+    """Tokens that count again in the window of those that follow; the newest is the last.
+
+    keys: (B, H, N, K). values: (B, H, N, V). present: (B, H, N), 1 for a token that was read and
+    0 for one before the first.
+    """
+
+    keys: Tensor
+    values: Tensor
+    present: Tensor
+
+    def followed_by(self, keys: Tensor, values: Tensor) -> "RecentTokens":
+        """Together with tokens (B, H, T, D) that were read after them."""
+        read = keys.new_ones(keys.shape[:3])
+        return RecentTokens(
+            keys=torch.cat([self.keys, keys], 2),
+            values=torch.cat([self.values, values], 2),
+            present=torch.cat([self.present, read], 2),
+        )
+
+    def piece(self, start: int, stop: int) -> "RecentTokens":
+        return self.map(lambda x: x[:, :, start:stop])
+
+    def last(self, count: int) -> "RecentTokens":
+        """A copy, so that a state does not hold on to all that was read."""
+        return self.map(lambda x: x[:, :, -count:].clone())
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuleState(State):
     """The memory between two tokens.
 
     weights: one (B, H, in, out) per layer; the part that decays and is written.
-    momentum: likewise, or None when the rule has none.
+    momentum: likewise, or None when the rule has none. An `Optimizer` with more slots has them
+        one after the other, each with its layers.
     base: the weights at the last chunk boundary, where the open chunk's gradients are taken;
         None with chunk_size 1, where they are always the weights.
     offset: tokens of the open chunk already read; 0 at a boundary, where base = weights.
+    recent: with a window of N tokens the last N - 1, else None.
     """
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...] | None
     base: tuple[Tensor, ...] | None
     offset: int
+    recent: RecentTokens | None = None
 
     @classmethod
     def init(
@@ -33,17 +65,32 @@ class RuleState(State):
         weights: Sequence[Float[Tensor, "h _ _"]],
         batch_size: int,
         *,
-        momentum: bool,
+        momentum: int,
         chunk_size: int = 1,
         zero: bool = False,
+        recent: tuple[int, int, int] | None = None,
     ) -> "RuleState":
-        """Before the first token. `zero` keeps only the weights' shapes (see `anchor`)."""
+        """Before the first token.
+
+        momentum: tensors kept per weight matrix; one (True) for the rule's own, the slots of an
+        `Optimizer`. zero: keep only the weights' shapes (see `anchor`). recent: for a window,
+        its tokens before the newest, the size of a key, and of a value.
+        """
         expanded = tuple(
             (torch.zeros_like(w) if zero else w).expand(batch_size, *w.shape) for w in weights
         )
-        past = tuple(w.new_zeros(batch_size, *w.shape) for w in weights) if momentum else None
+        past = tuple(w.new_zeros(batch_size, *w.shape) for _ in range(momentum) for w in weights)
         base = expanded if chunk_size > 1 else None
-        return cls(weights=expanded, momentum=past, base=base, offset=0)
+        before = None
+        if recent is not None:
+            tokens, key_dim, value_dim = recent
+            none = weights[0].new_zeros(batch_size, weights[0].shape[0], tokens)
+            before = RecentTokens(
+                keys=none[..., None].expand(-1, -1, -1, key_dim),
+                values=none[..., None].expand(-1, -1, -1, value_dim),
+                present=none,
+            )
+        return cls(weights=expanded, momentum=past or None, base=base, offset=0, recent=before)
 
     @classmethod
     def after(
@@ -53,11 +100,12 @@ class RuleState(State):
         base: Sequence[Tensor],
         offset: int,
         chunk_size: int,
+        recent: RecentTokens | None = None,
     ) -> "RuleState":
         """After some tokens: at a boundary the base moves on, with chunk_size 1 there is none."""
         at = None if chunk_size == 1 else tuple(weights if offset == 0 else base)
         past = None if momentum is None else tuple(momentum)
-        return cls(weights=tuple(weights), momentum=past, base=at, offset=offset)
+        return cls(weights=tuple(weights), momentum=past, base=at, offset=offset, recent=recent)
 
 
 # Positions of a layer's (learning rate, momentum, decay) among the distinct gate tensors.
