@@ -139,9 +139,10 @@ def build(
     if decay is not None:
         tokens["decay"] = gate(0.02, 0.4, channels=decay == "channel")
     slots = own["optimizer"].slots if "optimizer" in own else int(momentum)
+    weights = tuple(matrices(0.7, batch, heads))
     past = [tuple(matrices(0.1, batch, heads)) for _ in range(slots)]
     state = RuleState(
-        weights=tuple(matrices(0.7, batch, heads)),
+        weights=weights,
         momentum=sum(past, ()) or None,
         base=None,
         offset=offset,

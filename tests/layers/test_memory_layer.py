@@ -297,6 +297,7 @@ def test_half_lives_of_a_fresh_layer(options):
     decays = alpha if isinstance(alpha, list) else [alpha] * layer.config.depth
     expected = torch.tensor([10.0, 200.0, 4_000.0, 80_000.0])
     for rate, decay in zip(rates, decays, strict=True):
+        rate = rate / layer.config.learning_rate_limit
         torch.testing.assert_close(rate, torch.full_like(rate, 0.2))
         lives = -math.log(2.0) / torch.log1p(-decay.double())
         if layer.config.gates == "closing" and layer.config.tie_forgetting:

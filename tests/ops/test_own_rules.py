@@ -192,9 +192,10 @@ def test_the_reference_is_the_equations(name):
     expected = literal(case)
     everything = results(case("reference"))
     got = {key: everything[key] for key in expected}
-    # A singular value decomposition costs digits, its gradient more of them.
+    # A singular value decomposition costs digits, which the polynomial's slope at zero,
+    # 3.4445^5 = 485, makes more of; its gradient costs more still.
     loose = "muon" in name
-    assert_same(got, expected, 1e-11 if loose else 1e-12)
+    assert_same(got, expected, 1e-10 if loose else 1e-12)
     slopes = pull_back(got, leaves), pull_back(expected, leaves)
     assert_same(*slopes, 1e-8 if loose else 1e-10)
 
