@@ -31,7 +31,6 @@ from titans.serve.reading import (
     to_json,
 )
 from titans.serve.sessions import check_prompt, describe_session, store_of, take_ask
-from titans.serve.store import Session
 from titans.serve.text import Decoder
 from titans.studio import views
 from titans.studio.texts import built_in_texts
@@ -177,17 +176,26 @@ async def erase(request: Request) -> Response:
                     f"got {passage[0]} and {passage[1]}"
                 )
             edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
-            new = await reread(store.engine, store.model_of(session), edited, origin)
-
-            def report(model: TitansLM, session: Session) -> dict[str, Any]:
-                assert session.state is not None
-                old = session.state
-                return views.changed(model, store.tokenizer, old, new.state, prompts, ask)
-
-            changes = await store.run(id, report)
+            model, old = store.model_of(session), await store.state(session)
+            new = await reread(store.engine, model, edited, origin)
+            apart = await store.engine.call(lambda: views.changed(model, old, new.state))
+            said = await gather(
+                [
+                    whole_answer(store.engine, model, store.tokenizer, state, prompt, ask)
+                    for prompt in prompts
+                    for state in (old, new.state)
+                ]
+            )
+            pairs = zip(said[::2], said[1::2], strict=True)
+            answers = [{"before": before, "after": after} for before, after in pairs]
             await rewrite(store, session, edited, new)
             counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
-            return {**counts, **changes, "session": describe_session(session)}
+            return {
+                **counts,
+                **apart,
+                "answers": answers,
+                "session": describe_session(session),
+            }
 
     return JSON(await while_wanted(request, work()))
 

@@ -1,6 +1,5 @@
 """What the page shows of a memory, as JSON: computed by `titans.inspect`, shaped for drawing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from titans.data.tokenizers import Tokenizer
-from titans.generate import sample
 from titans.inspect import (
     Step,
     distance,
@@ -24,9 +22,8 @@ from titans.inspect import (
     without_writing,
 )
 from titans.models.lm import TitansLM
-from titans.serve.answering import Ask
 from titans.serve.reading import plain
-from titans.serve.text import Decoder, Stops
+from titans.serve.text import Decoder
 from titans.state import ModelState
 
 CURVE_POINTS = 200  # of a recall curve
@@ -55,32 +52,6 @@ def describe_model(name: str, model: TitansLM) -> dict[str, Any]:
         "chunk": config.chunk_size,
         "decay_target": config.decay_target,
     }
-
-
-@torch.no_grad()
-def continued(
-    model: TitansLM,
-    tokenizer: Tokenizer,
-    state: ModelState,
-    prompt: Sequence[int],
-    ask: Ask,
-    write: bool = True,
-) -> str:
-    """The text after `prompt`, token by token; with write=False the memories are only read."""
-    seed = torch.seed() if ask.sampling.seed is None else ask.sampling.seed
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    decoder, stops = Decoder(tokenizer), Stops(ask.stop)
-    logits, state = model(torch.tensor([list(prompt)]), state, write)
-    text = ""
-    for _ in range(ask.max_tokens):
-        token = int(sample(logits[:, -1, : tokenizer.vocab_size], ask.sampling, [generator])[0])
-        if token == tokenizer.end_of_document:
-            break
-        text += stops.feed(decoder.feed(token))
-        if stops.hit:
-            return text
-        logits, state = model(torch.tensor([[token]]), state, write)
-    return text + stops.feed(decoder.finish(), last=True)
 
 
 def unavailable(model: TitansLM | None, tokens: np.ndarray) -> str | None:
@@ -146,25 +117,11 @@ class Probed:
         }
 
 
-def changed(
-    model: TitansLM,
-    tokenizer: Tokenizer,
-    old: ModelState,
-    new: ModelState,
-    prompts: Sequence[Sequence[int]],
-    ask: Ask,
-) -> dict[str, Any]:
-    """How two memories differ: their weights, how far the old ones had moved, and the answers."""
+def changed(model: TitansLM, old: ModelState, new: ModelState) -> dict[str, Any]:
+    """How far the weights of two memories are apart, and how far the old ones had moved."""
     return {
         "distance": plain(distance(model, old, new)[0]),
         "moved": plain(moved(model, old)[0]),
-        "answers": [
-            {
-                "before": continued(model, tokenizer, old, prompt, ask),
-                "after": continued(model, tokenizer, new, prompt, ask),
-            }
-            for prompt in prompts
-        ],
     }
 
 
