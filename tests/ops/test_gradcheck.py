@@ -12,6 +12,7 @@ from titans.ops import MemoryNetwork
 RESIDUAL = MemoryNetwork(depth=2, expansion=1, residual=True, norm=True)
 THREE = MemoryNetwork(depth=3, expansion=1, activation="silu", residual=False, norm=False)
 
+BOUNDED = {"network": THREE, "per_layer": True, "max_surprise": 0.2, "chunk_size": 2}
 CASES = {
     "exact": ("exact", {"network": LINEAR, "decay": "scalar", "anchor": True}),
     "exact per channel": ("exact", {"network": LINEAR, "decay": "channel"}),
@@ -20,15 +21,8 @@ CASES = {
         "chunked",
         {"network": RESIDUAL, "decay": "scalar", "chunk_size": 2, "offset": 1, "anchor": True},
     ),
-    "chunked bounded": (
-        "chunked",
-        {
-            "network": THREE,
-            "per_layer": True,
-            "max_surprise": 0.2,
-            "chunk_size": 2,
-        },
-    ),
+    "chunked bounded": ("chunked", BOUNDED),
+    "native bounded": ("native", BOUNDED),
 }
 
 

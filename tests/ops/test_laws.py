@@ -35,6 +35,7 @@ FORMS = {
     "native": ("native", {"network": RESIDUAL, "chunk_size": 4}),
     "native of one": ("native", {"network": MLP}),
     "native exact": ("native", {"network": LINEAR}),
+    "native bounded": ("native", {"network": MLP, "chunk_size": 4, "max_surprise": 0.3}),
     "own chunked": (
         "chunked",
         {

@@ -156,7 +156,7 @@ FORMS: dict[str, Callable[..., MemoryOutput]] = {
     "exact": neural_memory_exact,
     "triton": neural_memory_triton,
     "compile": partial(neural_memory_chunked, scan=neural_memory_compiled),
-    "native": partial(neural_memory_chunked, scan=neural_memory_native),
+    "native": partial(neural_memory_chunked, scan=neural_memory_native, scan_bounds=True),
 }
 
 
@@ -199,7 +199,7 @@ def resolve_implementation(
     if impl == "auto":
         if traced:  # only the plain forms can be
             return "exact" if exact else "chunked"
-        return automatic(network, exact, max_surprise, per_channel, device, dtype)
+        return automatic(network, exact, per_channel, device, dtype)
     if impl == "exact" and not exact:
         raise ValueError(
             "impl='exact' needs a linear memory (depth 1, no norm), chunk_size 1 and no "
@@ -214,7 +214,7 @@ def resolve_implementation(
             + ("decay per channel" if per_channel else f"max_surprise {max_surprise}")
         )
     if impl == "native":
-        reason = unsupported(network, max_surprise, per_channel, device)
+        reason = unsupported(network, per_channel, device)
         if reason is not None:
             raise ValueError(f"impl='native' needs {reason}")
         try:
@@ -271,14 +271,13 @@ def resolve_own(impl: str, own: dict[str, Any]) -> str:
 def automatic(
     network: MemoryNetwork,
     exact: bool,
-    max_surprise: float | None,
     per_channel: bool,
     device: str,
     dtype: torch.dtype,
 ) -> str:
     """What impl="auto" is for these settings."""
     log = logging.getLogger("titans")
-    reason = unsupported(network, max_surprise, per_channel, device)
+    reason = unsupported(network, per_channel, device)
     if reason is None:
         try:
             compiled(dtype)

@@ -39,13 +39,16 @@ def neural_memory_chunked(
     max_surprise: float | None,
     window: Sequence[float] = (1.0,),
     scan: Scan = neural_memory_fused,
+    scan_bounds: bool = False,
 ) -> MemoryOutput:
-    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks."""
+    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks;
+    where it takes a `max_surprise`, `scan_bounds` says so."""
     length = keys.shape[2]
     first = min(-state.offset % chunk_size, length)
     whole = (length - first) // chunk_size * chunk_size
     own = callable(objective) or len(window) > 1 or not isinstance(network, MemoryNetwork)
-    if own or not fusable(gates, max_surprise) or not whole:
+    bound = {"max_surprise": max_surprise} if scan_bounds else {}
+    if own or not fusable(gates) or not whole or (max_surprise is not None and not bound):
         first, whole = length, 0
     # Reads of small chunks are grouped: an incomplete group of whole chunks stands alone.
     grouped = first + whole - whole % group_size(chunk_size)
@@ -68,6 +71,7 @@ def neural_memory_chunked(
                 objective=objective,
                 chunk_size=chunk_size,
                 anchor=anchor,
+                **bound,
             )
             state = RuleState.after(W, S, W, 0, chunk_size)
         else:
@@ -91,10 +95,10 @@ def neural_memory_chunked(
     return MemoryOutput(torch.cat(outputs, 2), state, torch.cat(surprises, 2))
 
 
-def fusable(gates: Gates, max_surprise: float | None) -> bool:
+def fusable(gates: Gates) -> bool:
     """Does `titans.ops.fused` compute this? A compiler fuses the plain form by itself."""
     scalar = gates.decay is None or all(alpha.ndim == 3 for alpha in gates.decay)
-    return scalar and max_surprise is None and not torch.compiler.is_compiling()
+    return scalar and not torch.compiler.is_compiling()
 
 
 def closed_form(

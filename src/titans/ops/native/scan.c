@@ -30,6 +30,7 @@ typedef struct {
     REAL *d_q, *d_k, *d_v;
     REAL *d_gate[3][MAX_DEPTH];
     REAL *d_weights[MAX_DEPTH], *d_past[MAX_DEPTH], *d_anchor[MAX_DEPTH]; /* d_anchor (N, in, out) */
+    double max_surprise; /* 0: none */
 } Call;
 
 /* Of `size` tokens: products of gates. G and spread are size x size, lower triangular. */
@@ -59,6 +60,7 @@ typedef struct {
     REAL *outputs[MAX_DEPTH];
     REAL *back[MAX_DEPTH]; /* delta_l M_l^T, l >= 1 */
     REAL *deltas[MAX_DEPTH];
+    REAL *shrunk[MAX_DEPTH]; /* how much of delta_l was left by max_surprise, row by row */
     REAL *normed, *inverse;
     REAL *rules; /* the state before every chunk, when it is kept */
 } Way;
@@ -118,7 +120,7 @@ static void lay_out(Work *w, Arena *arena, int ways, int keep, int backward) {
     w->value = c->dims[L];
     w->widest = P;
     w->state = 0;
-    w->exact = L == 1 && !c->norm && c->chunk == 1;
+    w->exact = L == 1 && !c->norm && c->chunk == 1 && !c->max_surprise;
     w->span = w->exact ? P : c->chunk;
     for (int l = 0; l <= L; l++)
         if (c->dims[l] > w->widest) w->widest = c->dims[l];
@@ -164,6 +166,7 @@ static void lay_out(Work *w, Arena *arena, int ways, int keep, int backward) {
             way->outputs[l] = take(arena, (size_t)P * c->dims[l + 1]);
             way->back[l] = take(arena, l ? (size_t)P * c->dims[l] : 0);
             way->deltas[l] = take(arena, (size_t)P * c->dims[l + 1]);
+            way->shrunk[l] = take(arena, c->max_surprise ? P : 0);
         }
         way->normed = take(arena, (size_t)P * w->value);
         way->inverse = take(arena, P);
@@ -397,9 +400,43 @@ static void last_error(const Work *w, const Rule *rule, const Way *way, int firs
         layer_norm_backward(C, w->value, way->normed + row, way->inverse + first, delta, delta);
 }
 
+/* Scale rows of delta_l so that |a_l| |delta_l| <= max_surprise, the norm of a token's gradient. */
+static void bound_errors(const Work *w, const Way *way, int l, int first, int rows) {
+    const double limit = w->c->max_surprise;
+    const int in = w->c->dims[l], out = w->c->dims[l + 1];
+    for (int t = first; t < first + rows; t++) {
+        const REAL *a = way->inputs[l] + (int64_t)t * in;
+        REAL *delta = way->deltas[l] + (int64_t)t * out;
+        const double norm = sqrt((double)dot(in, a, a) * dot(out, delta, delta));
+        const REAL left = norm > limit ? limit / norm : 1;
+        way->shrunk[l][t] = left;
+        if (left != 1)
+            for (int j = 0; j < out; j++) delta[j] *= left;
+    }
+}
+
+/* Gradients of delta_l and a_l (added) from that of the bounded delta_l, whose place the unbounded
+ * one takes again. With n its direction, delta = n max_surprise / |a|. */
+static void bound_errors_backward(const Work *w, const Way *way, int l, int first) {
+    const int in = w->c->dims[l], out = w->c->dims[l + 1];
+    for (int t = first; t < first + w->c->chunk; t++) {
+        const REAL left = way->shrunk[l][t];
+        if (left == 1) continue;
+        const REAL *a = way->inputs[l] + (int64_t)t * in;
+        REAL *delta = way->deltas[l] + (int64_t)t * out;
+        REAL *slope = w->d_deltas[l] + (int64_t)t * out, *da = w->d_inputs[l] + (int64_t)t * in;
+        const REAL along = dot(out, slope, delta);
+        const REAL turned = along / dot(out, delta, delta), pulled = along / dot(in, a, a);
+        for (int j = 0; j < out; j++) slope[j] = left * (slope[j] - turned * delta[j]);
+        for (int i = 0; i < in; i++) da[i] -= pulled * a[i];
+        for (int j = 0; j < out; j++) delta[j] /= left;
+    }
+}
+
 static void closed_errors(const Work *w, const Rule *rule, const Way *way) {
     const REAL *at[MAX_DEPTH];
     last_error(w, rule, way, 0, w->c->group, at);
+    if (w->c->max_surprise) bound_errors(w, way, w->c->depth - 1, 0, w->c->group);
 }
 
 /* All error signals of a chunk. */
@@ -415,6 +452,7 @@ static void chunk_errors(const Work *w, const Rule *rule, const Way *way, int fi
         times_slope(c->gelu, (int64_t)C * in, back, way->outputs[l - 1] + (int64_t)first * in,
                     way->deltas[l - 1] + (int64_t)first * in);
     }
+    for (int l = 0; l < L && c->max_surprise; l++) bound_errors(w, way, l, first, C);
 }
 
 /* The coefficients of the state after a chunk are the last row of its Mix. */
@@ -901,6 +939,7 @@ static void chunk_errors_backward(Work *w, const Rule *rule, Rule *slope, const 
     const int C = c->chunk, L = c->depth;
     const REAL *at[MAX_DEPTH];
     for (int l = 0; l < L; l++) at[l] = whole_weights(w, rule, l);
+    for (int l = 0; l < L && c->max_surprise; l++) bound_errors_backward(w, way, l, first);
     for (int l = 1; l < L; l++) { /* delta_{l-1} = (delta_l M_l^T) * activate'(z_{l-1}) */
         const int in = c->dims[l], out = c->dims[l + 1];
         const int64_t row = (int64_t)first * in;

@@ -1,7 +1,7 @@
 """The closed form on a CPU, compiled: one head of one sequence at a time (see scan.c).
 
 Same function as `titans.ops.chunked`, and with chunk_size 1 and a linear memory the same as
-`titans.ops.exact`, for decay per token and no `max_surprise`. A head's memory and all its
+`titans.ops.exact`, for decay per token. A head's memory and all its
 intermediate results stay in one core's cache, and nothing is dispatched operation by operation.
 """
 
@@ -57,6 +57,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ["d_q", "d_k", "d_v"]),
         ("d_gate", Pointers * 3),
         *((name, Pointers) for name in ["d_weights", "d_past", "d_anchor"]),
+        ("max_surprise", ctypes.c_double),
     ]
 
 
@@ -66,6 +67,7 @@ class Plan:
 
     network: MemoryNetwork
     objective: Objective
+    max_surprise: float | None
     gates: tuple[GateSet, ...]
     anchored: bool
     chunk: int
@@ -79,23 +81,19 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Does the scan solve for the gradients of all tokens of a group at once?"""
-        return self.network.linear and self.chunk == 1
+        return self.network.linear and self.chunk == 1 and self.max_surprise is None
 
     @property
     def gate_count(self) -> int:
         return 1 + max(i for layer in self.gates for i in layer if i is not None)
 
 
-def unsupported(
-    network: MemoryNetwork, max_surprise: float | None, per_channel: bool, device: str
-) -> str | None:
+def unsupported(network: MemoryNetwork, per_channel: bool, device: str) -> str | None:
     """What these settings lack to be run here, or None."""
     if device != "cpu":
         return f"tensors on the CPU, got {device}"
     if network.depth > MAX_DEPTH:
         return f"a depth of at most {MAX_DEPTH}, got {network.depth}"
-    if max_surprise is not None:
-        return f"max_surprise None, got {max_surprise}"
     return "decay per token, got decay per channel" if per_channel else None
 
 
@@ -110,6 +108,7 @@ def neural_memory_native(
     network: MemoryNetwork,
     objective: Objective,
     chunk_size: int,
+    max_surprise: float | None,
     anchor: Sequence[Tensor] | None,
     bf16: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
@@ -122,10 +121,14 @@ def neural_memory_native(
     """
     group = min(group_size(chunk_size), keys.shape[2])
     distinct, positions = gates.distinct()
-    exact = network.linear and chunk_size == 1  # its few large products gain nothing
+    exact = (
+        network.linear and chunk_size == 1 and max_surprise is None
+    )  # its few large products gain nothing
     bf16 = bf16 and not exact and keys.dtype == torch.float32
     bf16 = bf16 and bool(library(keys.dtype).has_bf16())
-    plan = Plan(network, objective, positions, anchor is not None, chunk_size, group, bf16)
+    plan = Plan(
+        network, objective, max_surprise, positions, anchor is not None, chunk_size, group, bf16
+    )
     # A learned start is expanded over the batch; the scan wants each head's own rows.
     states = [s.contiguous() for s in (*weights, *(momentum or []))]
     fixed = [a.contiguous() for a in anchor or []]
@@ -224,6 +227,7 @@ def describe(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Call, list[Tensor],
         decay=plan.gates[0][2] is not None,
         anchored=plan.anchored,
         bf16=plan.bf16,
+        max_surprise=plan.max_surprise or 0.0,
     )
     shapes = network.shapes(k.shape[-1], v.shape[-1])
     call.dims[: network.depth + 1] = [shapes[0][0], *(out for _, out in shapes)]
