@@ -8,7 +8,7 @@ intermediate results stay in one core's cache, and nothing is dispatched operati
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -72,7 +72,7 @@ class Plan:
     anchored: bool
     chunk: int
     group: int
-    bf16: bool
+    bf16: bool = False
 
     @property
     def momentum(self) -> bool:
@@ -121,14 +121,9 @@ def neural_memory_native(
     """
     group = min(group_size(chunk_size), keys.shape[2])
     distinct, positions = gates.distinct()
-    exact = (
-        network.linear and chunk_size == 1 and max_surprise is None
-    )  # its few large products gain nothing
-    bf16 = bf16 and not exact and keys.dtype == torch.float32
-    bf16 = bf16 and bool(library(keys.dtype).has_bf16())
-    plan = Plan(
-        network, objective, max_surprise, positions, anchor is not None, chunk_size, group, bf16
-    )
+    plan = Plan(network, objective, max_surprise, positions, anchor is not None, chunk_size, group)
+    if bf16 and not plan.exact and keys.dtype == torch.float32:  # exact: its products gain nothing
+        plan = replace(plan, bf16=bool(library(keys.dtype).has_bf16()))
     # A learned start is expanded over the batch; the scan wants each head's own rows.
     states = [s.contiguous() for s in (*weights, *(momentum or []))]
     fixed = [a.contiguous() for a in anchor or []]
