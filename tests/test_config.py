@@ -101,7 +101,7 @@ def test_overrides_go_through_the_fields_types(tmp_path) -> None:
         ("layers = 0", {}, "TitansConfig.layers must be at least 1, got 0"),
         ("memory_token_stride = 3", {}, r"segment \(64\) must be a multiple"),
         ("[memory]\ndepth = 0", {}, "MemoryConfig.depth must be at least 1"),
-        ("[memory]\nmax_surprise = -1", {}, "max_surprise must be positive"),
+        ("[memory]\nmax_surprise = -1", {}, "max_surprise must not be negative"),
         ("[memory]\nhalf_life_min = 0", {}, "half-lives must satisfy"),
         ("[memory]\ndecay_rank = 4", {}, "decay_rank must be at least 1 and needs decay"),
         ("= 3", {}, "not a readable TOML file"),

@@ -36,7 +36,7 @@ MATRIX = {
     "decay_target": "zero",
     "learn_initial": False,
     "per_layer_gates": False,
-    "max_surprise": None,
+    "max_surprise": 0.0,
 }
 # x + LN(network(x)), written by the gradients of mini-batches of 16.
 MINI_BATCH = MATRIX | {

@@ -110,9 +110,8 @@ class MemoryConfig:
     per_layer_gates: bool = False
     """Every layer of the memory network has its own gates (NeurIPS text)."""
     learning_rate_max: float | None = None
-    """Upper end of theta; the paper gives no range. None is 1, which keeps a linear memory
-    stable, and 0.1 where there is a norm or a second layer: larger steps make the gradient of the
-    outer training explode (docs/stability.md)."""
+    """Upper end of theta; the paper gives no range. None is 1, and 0.1 for a memory that is not
+    linear and has no bound on its surprise (docs/stability.md)."""
     learning_rate_init: float = 0.2
     """Initial theta as a fraction of its maximum; with gates `step` the initial dt."""
     momentum_init: float = 0.5
@@ -123,7 +122,9 @@ class MemoryConfig:
     half_life_max: float = 65536.0
     """Longest initial half-life."""
     max_surprise: float | None = None
-    """Bound on the norm of each token's inner gradient; keeps deep memories finite."""
+    """Bound on the norm of each token's gradient, in each layer of the memory; 0 is no bound.
+    None is none for a linear memory, and 1 for any other: without it the gradient of the outer
+    training explodes (docs/stability.md)."""
     conv_width: int = 4
     """Causal depthwise convolution after the q, k, v projections; 0 for none."""
     qkv_activation: Literal["silu", "none"] = "silu"
@@ -181,7 +182,7 @@ class MemoryConfig:
             self.linear
             and not self.own
             and (self.chunk_size, self.residual, self.objective) == (1, False, "l2")
-            and (self.decay, self.decay_target, self.max_surprise) == ("scalar", "zero", None)
+            and (self.decay, self.decay_target, self.surprise_limit) == ("scalar", "zero", None)
         ):
             raise ValueError(
                 "memory.decay_first needs a linear memory (depth 1, no norm, no residual), "
@@ -202,8 +203,8 @@ class MemoryConfig:
             raise ValueError("memory half-lives must satisfy 0 < half_life_min <= half_life_max")
         if self.learning_rate_limit <= 0:
             raise ValueError("memory.learning_rate_max must be positive")
-        if self.max_surprise is not None and self.max_surprise <= 0:
-            raise ValueError("memory.max_surprise must be positive")
+        if self.max_surprise is not None and self.max_surprise < 0:
+            raise ValueError(f"memory.max_surprise must not be negative, got {self.max_surprise}")
 
     @property
     def linear(self) -> bool:
@@ -226,7 +227,13 @@ class MemoryConfig:
     def learning_rate_limit(self) -> float:
         if self.learning_rate_max is not None:
             return self.learning_rate_max
-        return 1.0 if self.linear else 0.1
+        return 1.0 if self.linear or self.surprise_limit is not None else 0.1
+
+    @property
+    def surprise_limit(self) -> float | None:
+        if self.max_surprise is not None:
+            return self.max_surprise or None
+        return None if self.linear else 1.0
 
     @property
     def key_dim(self) -> int:

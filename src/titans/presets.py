@@ -143,7 +143,6 @@ def paper_v1_memory(dim: int, heads: int) -> MemoryConfig:
         decay="scalar",
         decay_target="zero",
         learning_rate_init=0.01,  # ours
-        max_surprise=1.0,  # ours: without a bound this network diverges (docs/stability.md)
     )
 
 

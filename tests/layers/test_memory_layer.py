@@ -166,7 +166,7 @@ def test_equals_its_parts_in_order(options):
         objective=c.objective,
         chunk_size=c.chunk_size,
         anchor=list(layer.initial) if anchored else None,
-        max_surprise=c.max_surprise,
+        max_surprise=c.surprise_limit,
         impl="reference",
     )
     torch.testing.assert_close(y, literal_output(layer, expected.output, x), rtol=1e-10, atol=1e-12)
@@ -388,7 +388,7 @@ BAD_CONFIGS = {
     "momentum init": ({"momentum_init": 0.0}, r"must lie in \(0, 1\)"),
     "half-lives": ({"half_life_min": 9.0, "half_life_max": 8.0}, "half_life_min <= half_life_max"),
     "rate": ({"learning_rate_max": 0.0}, "learning_rate_max must be positive"),
-    "surprise": ({"max_surprise": -1.0}, "max_surprise must be positive"),
+    "surprise": ({"max_surprise": -1.0}, "max_surprise must not be negative"),
 }
 
 

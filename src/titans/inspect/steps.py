@@ -167,7 +167,7 @@ def write(
     base = rule.weights if rule.offset == 0 or rule.base is None else rule.base
     at = base if anchor is None else [a + w for a, w in zip(anchor, base, strict=True)]
     key, value = (part.transpose(1, 2).to(at[0].dtype) for part in (given.keys, given.values))
-    inputs, errors = network.error_signals(at, key, value, layer.objective, config.max_surprise)
+    inputs, errors = network.error_signals(at, key, value, layer.objective, config.surprise_limit)
     result = neural_memory(
         *given[:4],
         state=rule,
@@ -177,7 +177,7 @@ def write(
         objective=layer.objective,
         chunk_size=config.chunk_size,
         anchor=anchor,
-        max_surprise=config.max_surprise,
+        max_surprise=config.surprise_limit,
         impl="reference",
     )
     surprise = result.surprise

@@ -195,7 +195,7 @@ class NeuralMemory(nn.Module):
             chunk_size=config.chunk_size,
             block_size=config.block_size,
             anchor=self.anchor(),
-            max_surprise=config.max_surprise,
+            max_surprise=config.surprise_limit,
             impl=config.impl,
             precision=config.precision,
         )

@@ -138,7 +138,7 @@ def in_turn(mixer: nn.Module, peers: Peers) -> bool:
     if not isinstance(memory, NeuralMemory):
         return False
     config = memory.config
-    alone = composes(memory.network, config.chunk_size, config.max_surprise)
+    alone = composes(memory.network, config.chunk_size, config.surprise_limit)
     return not alone and config.heads % peers.count > 0
 
 

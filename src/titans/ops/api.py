@@ -156,7 +156,7 @@ FORMS: dict[str, Callable[..., MemoryOutput]] = {
     "exact": neural_memory_exact,
     "triton": neural_memory_triton,
     "compile": partial(neural_memory_chunked, scan=neural_memory_compiled),
-    "native": partial(neural_memory_chunked, scan=neural_memory_native, scan_bounds=True),
+    "native": partial(neural_memory_chunked, scan=neural_memory_native),
 }
 
 
@@ -208,11 +208,8 @@ def resolve_implementation(
         )
     if impl == "triton":
         check_available(device)
-    if impl == "compile" and (max_surprise is not None or per_channel):
-        raise ValueError(
-            "impl='compile' needs decay per token and max_surprise None, got "
-            + ("decay per channel" if per_channel else f"max_surprise {max_surprise}")
-        )
+    if impl == "compile" and per_channel:
+        raise ValueError("impl='compile' needs decay per token, got decay per channel")
     if impl == "native":
         reason = unsupported(network, per_channel, device)
         if reason is not None:

@@ -39,16 +39,13 @@ def neural_memory_chunked(
     max_surprise: float | None,
     window: Sequence[float] = (1.0,),
     scan: Scan = neural_memory_fused,
-    scan_bounds: bool = False,
 ) -> MemoryOutput:
-    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks;
-    where it takes a `max_surprise`, `scan_bounds` says so."""
+    """Tensors are (B, H, T, D), see `titans.ops.neural_memory`. `scan` runs the whole chunks."""
     length = keys.shape[2]
     first = min(-state.offset % chunk_size, length)
     whole = (length - first) // chunk_size * chunk_size
     own = callable(objective) or len(window) > 1 or not isinstance(network, MemoryNetwork)
-    bound = {"max_surprise": max_surprise} if scan_bounds else {}
-    if own or not fusable(gates) or not whole or (max_surprise is not None and not bound):
+    if own or not fusable(gates) or not whole:
         first, whole = length, 0
     # Reads of small chunks are grouped: an incomplete group of whole chunks stands alone.
     grouped = first + whole - whole % group_size(chunk_size)
@@ -71,7 +68,7 @@ def neural_memory_chunked(
                 objective=objective,
                 chunk_size=chunk_size,
                 anchor=anchor,
-                **bound,
+                max_surprise=max_surprise,
             )
             state = RuleState.after(W, S, W, 0, chunk_size)
         else:

@@ -33,13 +33,14 @@ def neural_memory_compiled(
     network: MemoryNetwork,
     objective: Objective,
     chunk_size: int,
+    max_surprise: float | None,
     anchor: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Whole chunks from a chunk boundary on; tensors (B, H, T, D), weights (B, H, in, out).
 
     Returns outputs, surprise (B, H, T), and the weights and momentum after the last token.
     """
-    body = compiled_body(network, objective, chunk_size, BACKEND)
+    body = compiled_body(network, objective, chunk_size, max_surprise, BACKEND)
     W, S = tuple(weights), None if momentum is None else tuple(momentum)
     outputs, surprises = [], []
     for start in range(0, keys.shape[2], chunk_size):
@@ -53,7 +54,11 @@ def neural_memory_compiled(
 
 @functools.cache
 def compiled_body(
-    network: MemoryNetwork, objective: Objective, chunk_size: int, backend: str
+    network: MemoryNetwork,
+    objective: Objective,
+    chunk_size: int,
+    max_surprise: float | None,
+    backend: str,
 ) -> Body:
     """One chunk; compiled, unless its first call finds that this cannot be done."""
 
@@ -76,7 +81,7 @@ def compiled_body(
             objective=objective,
             chunk_size=chunk_size,
             anchor=anchor,
-            max_surprise=None,
+            max_surprise=max_surprise,
         )
         return y, surprise, after.weights, after.momentum
 

@@ -1,7 +1,7 @@
 """The closed form of `chunked` with its backward pass written out.
 
-Same function as `titans.ops.chunked`, for decay per token and no `max_surprise`. What makes it
-faster and smaller than autograd through the closed form:
+Same function as `titans.ops.chunked`, for decay per token. What makes it faster and smaller than
+autograd through the closed form:
 
 - The forward pass keeps one state per `SEGMENT` of tokens and works without a graph; the backward
   pass runs each segment again (the last one was kept) and walks its chunks in reverse.
@@ -28,6 +28,8 @@ from titans.ops.networks import (
     activate,
     activation_curvature,
     activation_slope,
+    bound_gradient_backward,
+    bounded,
     layer_norm,
     layer_norm_backward,
     output_error,
@@ -48,6 +50,7 @@ class Plan:
 
     network: MemoryNetwork
     objective: Objective
+    max_surprise: float | None
     gates: tuple[GateSet, ...]
     chunk: int
     group: int
@@ -78,6 +81,7 @@ def neural_memory_fused(
     network: MemoryNetwork,
     objective: Objective,
     chunk_size: int,
+    max_surprise: float | None,
     anchor: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """Whole chunks from a chunk boundary on; tensors (B, H, T, D), weights (B, H, in, out).
@@ -88,7 +92,7 @@ def neural_memory_fused(
     group = min(group_size(chunk_size), length)
     segment = group * max(1, SEGMENT // group, math.isqrt(length // group))
     distinct, positions = gates.distinct()
-    plan = Plan(network, objective, positions, chunk_size, group, segment)
+    plan = Plan(network, objective, max_surprise, positions, chunk_size, group, segment)
 
     def merged(x: Tensor) -> Tensor:
         return x.flatten(0, 1).contiguous()
@@ -164,13 +168,15 @@ class Errors(NamedTuple):
     """One chunk's way to its error signals, layer by layer (depth L).
 
     inputs: a_l, L of them. outputs: z_l = a_l M_l. back: delta_l M_l^T, for l >= 1.
-    deltas: L error signals. normed, inverse_std: of the LayerNorm, else None.
+    deltas: L error signals; free: they before `max_surprise`. normed, inverse_std: of the
+    LayerNorm, else None.
     """
 
     inputs: list[Tensor]
     outputs: list[Tensor]
     back: list[Tensor]
     deltas: list[Tensor]
+    free: list[Tensor]
     normed: Tensor
     inverse_std: Tensor | None
 
@@ -202,7 +208,8 @@ def chunk_errors(plan: Plan, at: Sequence[Tensor], k: Tensor, v: Tensor) -> Erro
     for layer in range(plan.depth - 1, 0, -1):
         back.insert(0, torch.bmm(deltas[0], at[layer].transpose(1, 2)))
         deltas.insert(0, times_slope(network.activation, back[0], outputs[layer - 1]))
-    return Errors(inputs, outputs, back, deltas, normed, inverse_std)
+    _, bound = bounded(inputs, deltas, plan.max_surprise)
+    return Errors(inputs, outputs, back, bound, deltas, normed, inverse_std)
 
 
 def chunk_errors_backward(
@@ -219,6 +226,12 @@ def chunk_errors_backward(
     Adds the gradient of `at` to every tensor of d_at[layer], in place.
     """
     network, depth = plan.network, plan.depth
+    if plan.max_surprise is not None:
+        for layer in range(depth):
+            d_deltas[layer], d_input = bound_gradient_backward(
+                errors.inputs[layer], errors.deltas[layer], errors.free[layer], d_deltas[layer]
+            )
+            d_inputs[layer] = d_inputs[layer] + d_input
     slopes = [activation_slope(network.activation, z) for z in errors.outputs[:-1]]
     d_outputs: list[Tensor] = []
     for layer in range(1, depth):
@@ -227,7 +240,7 @@ def chunk_errors_backward(
         d_outputs.append(curvature.mul_(back).mul_(grown))
         d_back = grown * slopes[layer - 1]
         d_deltas[layer] = torch.baddbmm(d_deltas[layer], d_back, at[layer])
-        add_product(d_at[layer], d_back, errors.deltas[layer])
+        add_product(d_at[layer], d_back, errors.free[layer])
     d_out, d_key, d_value = output_error_backward(
         network,
         errors.normed,

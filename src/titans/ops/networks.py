@@ -277,6 +277,21 @@ def bound_gradient(a: Tensor, delta: Tensor, limit: float) -> Tensor:
     return delta * (limit / (squared + 1e-30).sqrt().clamp(min=limit))
 
 
+def bound_gradient_backward(
+    a: Tensor, bound: Tensor, free: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of delta and a, from that of `bound_gradient`. `free` is delta, `bound` the result.
+
+    Where the two differ, the result is limit / |a| long and points where delta does.
+    """
+    length = free.square().sum(-1, keepdim=True)
+    left = (bound * free).sum(-1, keepdim=True) / length
+    along = (slope * free).sum(-1, keepdim=True)
+    d_free = left * (slope - free * (along / length))
+    d_a = a * (-left * along / a.square().sum(-1, keepdim=True))
+    return torch.where(left < 1, d_free, slope), torch.where(left < 1, d_a, 0.0)
+
+
 def activate(name: Activation, z: Tensor) -> Tensor:
     return F.gelu(z) if name == "gelu" else F.silu(z)
 
