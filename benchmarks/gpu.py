@@ -313,7 +313,7 @@ def models(sizes: Plan) -> dict[str, Any]:
     for name in sizes.models:
         config = preset(name)
         deep = replace(
-            config.memory, depth=2, chunk_size=64, residual=True, norm=True, max_surprise=None
+            config.memory, depth=2, chunk_size=64, residual=True, norm=True, max_surprise=0.0
         )
         linear = MemoryConfig(dim=config.dim, heads=config.memory.heads)
         for memory, impl in ((deep, sizes.impl), (deep, "chunked"), (linear, "exact")):
