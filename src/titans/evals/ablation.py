@@ -61,7 +61,7 @@ PARTS = {
     "depth-1": Part("depth 1 (residual, norm)", memory(depth=1)),
     "depth-3": Part("depth 3", memory(depth=3)),
     "depth-4": Part("depth 4", memory(depth=4)),
-    "fast": Part("memory's learning rate up to 1, not 0.1", memory(learning_rate_max=1.0)),
+    "unbounded": Part("no bound on a gradient, learning rate up to 0.1", memory(max_surprise=0.0)),
     "linear-exact": Part("linear memory, gradient of every token", memory(**LINEAR, chunk_size=1)),
     "sigmoid": Part("sigmoid gates", memory(gates="sigmoid", tie_forgetting=False)),
     "mac-sigmoid": Part(
