@@ -1,11 +1,14 @@
 """Run a function of a test file in several gloo processes.
 
-`launch(function, count, folder)` gives what function(rank, count) returned, by rank. Processes
-meet at a file, so that tests need no free port.
+`launch(function, count, folder)` gives what function(rank, count) returned, by rank. Importing
+takes longer than most tests: processes stay for the next call, for which they meet anew, at a
+file, so that tests need no free port.
 """
 
+import atexit
 import faulthandler
-import importlib.util
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -18,54 +21,57 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 500  # seconds until a process that waits for another says where, and ends
+WORKERS: list[subprocess.Popen[str]] = []
 
 
 def launch(function: Callable[..., Any], count: int, folder: Path, *arguments: str) -> list[Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    source = function.__globals__["__file__"]
-    command = [sys.executable, __file__, source, function.__name__, str(folder), str(count)]
+    results = [folder / f"result-{rank}.pt" for rank in range(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"log-{rank}.txt" for rank in range(count)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                [*command, str(rank), *arguments],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        processes.append(process)
+    while len(WORKERS) < count:
+        command = [sys.executable, __file__]
+        WORKERS.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment))
+    for rank, worker in enumerate(WORKERS[:count]):
+        job = (function.__globals__["__file__"], function.__name__, str(folder), count, rank)
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps([*job, *arguments]) + "\n")
+        worker.stdin.flush()
     end = time.monotonic() + LIMIT + 20
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
-        if any(p.poll() for p in processes):
-            break
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-    codes = [process.wait() for process in processes]
-    text = "\n".join(log.read_text()[-4000:] for log in logs)
-    assert not any(codes), text
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(count)]
+    while not all(path.exists() for path in results):
+        if time.monotonic() > end or any(worker.poll() is not None for worker in WORKERS):
+            end_workers()
+            logs = sorted(folder.glob("log-*.txt"))
+            raise AssertionError("\n".join(log.read_text()[-4000:] for log in logs))
+        time.sleep(0.02)
+    return [torch.load(path, weights_only=False) for path in results]
 
 
-def main() -> None:
+@atexit.register
+def end_workers() -> None:
+    for worker in WORKERS:
+        worker.kill()
+        worker.communicate()
+    WORKERS.clear()
+
+
+def work(source: str, name: str, folder: str, count: int, rank: int, *arguments: str) -> None:
+    with open(f"{folder}/log-{rank}.txt", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    source, name, folder, count, rank = sys.argv[1:6]
-    sys.path.insert(0, str(Path(source).parent))
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=int(rank), world_size=int(count)
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count
     )
-    result = getattr(module, name)(int(rank), int(count), *sys.argv[6:])
-    torch.save(result, Path(folder) / f"result-{rank}.pt")
+    module = importlib.import_module(Path(source).stem)
+    result = getattr(module, name)(rank, count, *arguments)
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+    target = Path(folder) / f"result-{rank}.pt"
+    torch.save(result, target.with_suffix(".part"))
+    target.with_suffix(".part").rename(target)
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        work(*json.loads(line))

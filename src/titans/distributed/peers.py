@@ -1,4 +1,4 @@
-"""The processes that hold the slices of one text, and what passes between them.
+"""Processes that share a text, or the heads of a model, and what passes between them.
 
 Every exchange is differentiable: its backward pass is the opposite exchange. Autograd runs the
 steps of a backward pass in the reverse order of their creation, which is the same on all
@@ -24,7 +24,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Peers:
-    """Process `rank` of `count` holds slice `rank` of a text; all slices have one length."""
+    """Process `rank` of `count` holds slice `rank` of a text; all slices have one length. Or it
+    holds all of the text and part `rank` of the heads."""
 
     group: "dist.ProcessGroup"
     rank: int
@@ -75,6 +76,14 @@ class Peers:
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """The parts of all processes along `dim`."""
         return torch.cat(Gather.apply(self, x), dim)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """`gather` without gradients, and without joining."""
+        return all_parts(self, x.detach())
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what the processes have."""
+        return Total.apply(self, x)
 
     def relay(
         self, step: Callable[[Tensor, S], tuple[Tensor, S, R]], x: Tensor, state: S
@@ -261,6 +270,26 @@ class Gather(torch.autograd.Function):
         total = torch.stack(slopes)
         dist.all_reduce(total, group=ctx.peers.group)
         return None, total[ctx.peers.rank]
+
+
+class Total(torch.autograd.Function):
+    """The sum of what every process holds. It reaches all of them, and so do their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, x: Tensor) -> Tensor:
+        ctx.peers = peers
+        return summed(peers, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        return None, summed(ctx.peers, slope)
+
+
+def summed(peers: Peers, x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=peers.group)
+    return total
 
 
 class Receive(torch.autograd.Function):

@@ -143,7 +143,7 @@ class SegmentAttention(nn.Module):
 
     def init_state(self, batch_size: int) -> SegmentState:
         weight = self.qkv.weight
-        size = weight.shape[1] // self.heads
+        size = weight.shape[0] // (3 * self.heads)
 
         def empty(length: int) -> Tensor:
             return weight.new_zeros(batch_size, self.heads, length, size)
@@ -176,7 +176,7 @@ class SegmentAttention(nn.Module):
         """
         (q, k, v), (pk, pv) = qkv, prefix
         begin, end = state.offset, state.offset + q.shape[2]
-        weight = self.qkv.weight[self.qkv.in_features :]  # no queries of memory tokens
+        weight = self.qkv.weight[self.qkv.weight.shape[0] // 3 :]  # no queries of memory tokens
         hk, hv = rearrange(F.linear(memory, weight), "b t (n h d) -> n b h t d", n=2, h=self.heads)
         positions = torch.arange(begin, end, device=q.device)
         first, last = -(-begin // self.stride), -(-end // self.stride)

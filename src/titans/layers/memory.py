@@ -69,6 +69,7 @@ class NeuralMemory(nn.Module):
         self.retention = find("retention", config.retention)
         self.optimizer = find("optimizer", config.optimizer)
         self.window = window_weights(config.window, config.window_decay)
+        self.team: Peers | None = None  # who has the other heads, where these are not all
         inner = config.heads * config.key_dim
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
         behind = inner if config.key_init == "previous" else 0
@@ -237,7 +238,8 @@ class NeuralMemory(nn.Module):
             parts, tail = self.project(x, self.qkv.weight, tail, unit=unit, peers=peers)
             return parts, x, tail
         (q, k, v), tail = self.project(x, self.qkv.weight, tail, unit=0, peers=peers)
-        seen = torch.cat([x, *(part.flatten(2).to(x.dtype) for part in (q, k, v))], -1)
+        whole = (q, k, v) if self.team is None else (self.team.gather(p, 2) for p in (q, k, v))
+        seen = torch.cat([x, *(part.flatten(2).to(x.dtype) for part in whole)], -1)
         return ((unit_norm(q), unit_norm(k), v) if unit else (q, k, v)), seen, tail
 
     def project(
@@ -331,16 +333,9 @@ class MemoryGates(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
-        heads, sets = config.heads, config.depth if config.per_layer_gates else 1
-        channels = config.key_dim if config.decay == "channel" else 1
-        self.rates = heads * sets
-        self.decays = self.rates * channels if config.decay != "none" else 0
-        self.sizes = [  # of what the input decides
-            0 if config.gates == "constant" else self.rates,
-            self.rates if config.momentum else 0,
-            0 if config.gates in ("step", "constant") else self.decays,
-        ]
-        width = config.dim + (3 * heads * config.key_dim if config.gate_input == "window" else 0)
+        self.part = (0, 1)  # these heads are the first of one part, which is all of them
+        inner = config.heads * config.key_dim
+        width = config.dim + (3 * inner if config.gate_input == "window" else 0)
         # A low-rank map of the decay stands apart: its first half is `squeeze`.
         self.low_rank = config.decay_rank is not None
         mapped = sum(self.sizes[:2] if self.low_rank else self.sizes)
@@ -351,6 +346,33 @@ class MemoryGates(nn.Module):
             self.squeeze = nn.Linear(width, config.decay_rank, bias=False)
             self.expand = nn.Linear(config.decay_rank, self.sizes[2])
         self.reset_parameters()
+
+    @property
+    def sets(self) -> int:
+        return self.config.depth if self.config.per_layer_gates else 1
+
+    @property
+    def channels(self) -> int:
+        """Of a head, each with its own decay."""
+        return self.config.key_dim if self.config.decay == "channel" else 1
+
+    @property
+    def rates(self) -> int:
+        return self.config.heads * self.sets
+
+    @property
+    def decays(self) -> int:
+        return self.rates * self.channels if self.config.decay != "none" else 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rates, momenta and decays that the input decides."""
+        config = self.config
+        return [
+            0 if config.gates == "constant" else self.rates,
+            self.rates if config.momentum else 0,
+            0 if config.gates in ("step", "constant") else self.decays,
+        ]
 
     def reset_parameters(self) -> None:
         config = self.config
@@ -384,13 +406,13 @@ class MemoryGates(nn.Module):
         starts alike."""
         config = self.config
         low, high = math.log10(config.half_life_min), math.log10(config.half_life_max)
-        if config.heads == 1:
+        part, parts = self.part
+        heads = config.heads * parts
+        if heads == 1:
             low = (low + high) / 2
-        lives = torch.logspace(low, high, config.heads)
+        lives = torch.logspace(low, high, heads).chunk(parts)[part]
         forget = math.log(2.0) / lives.double()
-        channels = config.key_dim if config.decay == "channel" else 1
-        sets = self.rates // config.heads
-        return forget[None, :, None].expand(sets, config.heads, channels).reshape(-1)
+        return forget[None, :, None].expand(self.sets, config.heads, self.channels).reshape(-1)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> tuple[Gate, Gate | None, Gate | None]:
         """Gates for `titans.ops.neural_memory`, in at least float32."""
@@ -449,7 +471,7 @@ class MemoryGates(nn.Module):
         config = self.config
         if config.decay != "channel":
             return self.per_layer(alpha)
-        sets = config.depth if config.per_layer_gates else 1
+        sets = self.sets
         split = rearrange(alpha, "b t (s h c) -> s b t h c", s=sets, h=config.heads)
         if config.depth == 1:
             return split[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from titans.config import TitansConfig, build, to_dict
-from titans.distributed import Peers, composes
+from titans.distributed import Cut, Peers, composes
 from titans.layers.feedforward import SwiGLU
 from titans.layers.memory import MemoryRecord, NeuralMemory
 from titans.models.baselines.rule import RuleMixer
@@ -123,6 +123,18 @@ def token_losses(
     return torch.cat(nll).view_as(labels), torch.cat(likeliest).view_as(labels)
 
 
+def shared_losses(
+    team: Peers, head: Any, hidden: Float[Tensor, "b t d"], labels: Int[Tensor, "b t"]
+) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """`token_losses`, of which each process of a team computes those of its share of tokens."""
+    rows, wanted = hidden.flatten(0, 1), labels.flatten()
+    missing = -len(rows) % team.count
+    rows, wanted = F.pad(rows, (0, 0, 0, missing)), F.pad(wanted, (0, missing))  # cut off below
+    own = token_losses(head, team.own(rows, 0)[None], team.own(wanted, 0)[None])
+    nll, likeliest = (team.gather(part, 1)[0, : labels.numel()].view_as(labels) for part in own)
+    return nll, likeliest
+
+
 def label_losses(head: nn.Module, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(rows)
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -150,6 +162,9 @@ class TitansLM(nn.Module):
 
     With `peers` set, tokens are a slice of a text; they hold the others, of the same length. The
     logits are those of the slice, both states those of the whole text.
+
+    `titans.models.heads` leaves a model a part of the heads, with `cuts` of these parameters; the
+    `team` has the others. Outputs are those of the whole model, states those of its heads.
     """
 
     def __init__(self, config: TitansConfig) -> None:
@@ -158,6 +173,8 @@ class TitansLM(nn.Module):
         self.config_hash = config.hash()
         self.gradient_checkpointing = False
         self.peers: Peers | None = None
+        self.team: Peers | None = None
+        self.cuts: dict[str, Cut] = {}
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
@@ -216,8 +233,10 @@ class TitansLM(nn.Module):
         labels: the token to predict at each position, `titans.data.text.IGNORED` for none.
         """
         hidden, state, records = self.hidden(tokens, state)
-        nll, likeliest = token_losses(self.head, hidden, labels)
-        return LossOutput(nll, likeliest, state, records)
+        losses = token_losses if self.team is None else partial(shared_losses, self.team)
+        nll, likeliest = losses(self.head, hidden, labels)
+        # Cloned: FSDP warns of a view, on which its hooks would not survive a write in place.
+        return LossOutput(nll.clone(), likeliest, state, records)
 
     def hidden(
         self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True

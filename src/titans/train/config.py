@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from titans.config import TitansConfig, require_positive, to_dict
 from titans.data.needle import check_kind
+from titans.models.heads import check_parts
 
 
 class Stage(NamedTuple):
@@ -237,13 +238,16 @@ class DistributedConfig:
     and moments, and has the others' while it computes a block (FSDP2)."""
     shard: int = 0
     """fsdp: processes that hold one copy of the weights together, for instance those of one
-    machine; 0 for all."""
+    machine; 0 for all. With `tensor`, so many for each part of the heads."""
     sequence: int = 1
     """Processes that share the tokens of a text (docs/distributed.md). The others split the
     rows of a batch."""
+    tensor: int = 1
+    """Processes that share the heads of every layer, and its hidden channels, while each reads
+    all tokens (tensor parallelism)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequence")
+        require_positive(self, "sequence", "tensor")
         if self.shard < 0 or (self.shard and self.strategy != "fsdp"):
             raise ValueError(
                 f"distributed.shard must be 0, or a number of processes with strategy 'fsdp', "
@@ -280,6 +284,7 @@ class RunConfig:
                 f"distributed.sequence ({self.distributed.sequence}) must divide the tokens of "
                 f"every row, got rows of {uneven[0]}"
             )
+        check_parts(self.model, self.distributed.tensor)
 
     @property
     def lengths(self) -> list[int]:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from titans.data.facts import Batch
 from titans.models.lm import TitansLM, load
@@ -43,7 +42,15 @@ from titans.train.objective import (
     split_rows,
 )
 from titans.train.optim import build_optimizers, schedule, set_learning_rate
-from titans.train.processes import ALONE, Processes, processes, spread, summing
+from titans.train.processes import (
+    ALONE,
+    Processes,
+    gradient_norm,
+    processes,
+    spread,
+    sum_shares,
+    summing,
+)
 from titans.train.sharded import join_rows, load_sharded, own_memory, save_sharded
 from titans.train.signals import StopRequest, stop_request
 
@@ -203,12 +210,12 @@ def take_step(
             # The weights are those of the whole batch, so the parts' losses add up to its mean.
             part_loss = (segment.nll * part.weights).sum()
             check_segment(step, model, part_loss, segment.state)
-            # DDP and FSDP take the mean of the processes' gradients, which are to be added up.
-            (here.count * (part_loss + write_cost * share * segment.open)).backward()
+            (here.loss_scale * (part_loss + write_cost * share * segment.open)).backward()
         loss += part_loss.item()
         opened += share * segment.open.item()
         memories.append(carry(segment.state))
     loss, opened = here.total(loss, opened)
+    sum_shares(model)
     norm = clip_gradient(step, model, train.clip)
     for optimizer in training.optimizers.values():
         optimizer.step()
@@ -234,10 +241,7 @@ def carry(state: ModelState) -> ModelState:
 
 def clip_gradient(step: int, model: TitansLM, limit: float) -> float:
     """Scale the whole gradient to a norm of at most `limit` (0: leave it); the norm before."""
-    gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):  # of shards
-        norm = norm.full_tensor()
+    norm = gradient_norm(model)
     check_gradient(step, model, norm)
     if limit:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)

@@ -1,6 +1,7 @@
 """Optimizers and their schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 from titans.layers.memory import MemoryGates
 from titans.models.lm import TitansLM
 from titans.train.config import OptimizerConfig
+from titans.train.parts import held_part, whole_tensor
 
 
 def build_optimizers(model: TitansLM, config: OptimizerConfig) -> dict[str, Optimizer]:
@@ -22,10 +24,12 @@ def build_optimizers(model: TitansLM, config: OptimizerConfig) -> dict[str, Opti
     optimizers: dict[str, Optimizer] = {}
     if config.name == "muon":
         peak = config.muon_learning_rate or rate
-        optimizers["muon"] = torch.optim.Muon(
-            [{"params": matrices, "lr": peak, "peak": peak}],
-            weight_decay=decay,
-            adjust_lr_fn="match_rms_adamw",
+        muon_groups = [{"params": matrices, "lr": peak, "peak": peak}]
+        settings: dict[str, Any] = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers["muon"] = (
+            MuonOfParts(model, muon_groups, **settings)
+            if model.cuts or any(hasattr(p, "full_tensor") for p in matrices)
+            else torch.optim.Muon(muon_groups, **settings)
         )
     else:
         groups.append({"params": matrices, "lr": rate, "peak": rate, "weight_decay": decay})
@@ -33,6 +37,47 @@ def build_optimizers(model: TitansLM, config: OptimizerConfig) -> dict[str, Opti
     beta1, beta2 = config.betas
     optimizers["adamw"] = torch.optim.AdamW(groups, betas=(beta1, beta2), fused=fused)
     return optimizers
+
+
+class MuonOfParts(torch.optim.Muon):
+    """Muon where a process holds a part of each matrix: a part of the momentum too, but it is the
+    whole of it that is to be made orthogonal. Every process does so, one matrix at a time."""
+
+    def __init__(self, model: TitansLM, groups: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.model = model
+        self.names = {id(p): name for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.move(parameter, group)
+
+    def move(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(mean, group["momentum"])
+        name = self.names[id(parameter)]
+        whole = whole_tensor(self.model, name, ahead)
+        # Muon's step from zero, without momentum, is what the matrix is to move by.
+        step = torch.zeros_like(whole, requires_grad=True)
+        step.grad = whole
+        torch.optim.Muon(
+            [step],
+            lr=group["lr"],
+            weight_decay=0.0,
+            momentum=0.0,
+            nesterov=False,
+            adjust_lr_fn=group["adjust_lr_fn"],
+        ).step()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(held_part(self.model, name, step.detach()))
 
 
 def split_parameters(model: TitansLM) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

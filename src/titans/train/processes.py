@@ -1,10 +1,11 @@
 """The processes of a run, as torchrun starts them, and the part that each has in a step.
 
 A batch does not depend on their number. Its rows are split among `replicas`, the tokens of a row
-among the `sequence` processes of each; gradients are summed over all of them. So a run may go on
-with another number of processes.
+among the `sequence` slices of each, the heads of a slice among the `tensor` processes of its team;
+gradients are summed over all of them. So a run may go on with another number of processes.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,26 +18,29 @@ from torch import Tensor, nn
 
 from titans.data.facts import Batch
 from titans.distributed import Peers
+from titans.models.heads import share_heads
 from titans.models.lm import TitansLM
 from titans.state import ModelState
 from titans.train.checkpoint import Training, optimizer_tensors, restore_optimizers
 from titans.train.config import DistributedConfig, RunConfig
 from titans.train.objective import Segment, read_segment
 from titans.train.optim import build_optimizers
+from titans.train.parts import held_part
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `count`; it has the rows of `replica` of `replicas`, and of them the
-    tokens that `peers` says (None: all)."""
+    """Process `rank` of `count`; it has the rows of `replica` of `replicas`, of them the tokens
+    that `peers` says (None: all), and of the model the heads that `team` says (None: all)."""
 
     rank: int = 0
     count: int = 1
     replica: int = 0
     replicas: int = 1
     peers: Peers | None = None
+    team: Peers | None = None
     device: torch.device | None = None
 
     @property
@@ -46,6 +50,21 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def team_size(self) -> int:
+        return 1 if self.team is None else self.team.count
+
+    @property
+    def leads(self) -> bool:
+        """Does it speak for its team?"""
+        return self.team is None or self.team.rank == 0
+
+    @property
+    def loss_scale(self) -> float:
+        """Of a loss before its backward pass: DDP and FSDP take the mean of the teams' gradients,
+        which are to be added up, and in a team each process has an equal share of the loss."""
+        return self.count / self.team_size**2
 
     def rows(self, total: int) -> tuple[int, int]:
         """First row and one past the last of this process's, of a batch of so many."""
@@ -69,12 +88,12 @@ class Processes:
         return max(1, min(accumulate, total // self.replicas))
 
     def total(self, *numbers: float) -> list[float]:
-        """Their sums over all processes."""
+        """Their sums over all teams; the mean within a team."""
         if self.alone:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        return sums.tolist()
+        return (sums / self.team_size).tolist()
 
     def any(self, flag: bool) -> bool:
         return self.total(float(flag))[0] > 0
@@ -86,8 +105,9 @@ class Processes:
             return own
         shares: list[Any] = [None] * self.count
         dist.all_gather_object(shares, own)
+        shares = shares[:: self.team_size]
         slices = 1 if self.peers is None else self.peers.count
-        rows = [torch.cat(shares[i : i + slices], 1) for i in range(0, self.count, slices)]
+        rows = [torch.cat(shares[i : i + slices], 1) for i in range(0, len(shares), slices)]
         return torch.cat(rows)
 
     def on_first(self, function: Callable[[], R]) -> R:
@@ -132,17 +152,18 @@ def processes(config: RunConfig, device: torch.device) -> Iterator[Processes]:
     if not joined:
         meet("nccl" if device.type == "cuda" else "gloo")
     try:
-        rank = dist.get_rank()
-        replica, _ = divmod(rank, settings.sequence)
-        peers = None
-        if settings.sequence > 1:
-            members = [
-                list(range(begin, begin + settings.sequence))
-                for begin in range(0, count, settings.sequence)
-            ]
-            group, _ = dist.new_subgroups_by_enumeration(members)
-            peers = Peers.of(group)
-        yield Processes(rank, count, replica, count // settings.sequence, peers, device)
+        rank, of_replica = dist.get_rank(), settings.sequence * settings.tensor
+        # By replica, slice of a text, part of the heads: a team's ranks are consecutive.
+        ranks = torch.arange(count).view(-1, settings.sequence, settings.tensor)
+        yield Processes(
+            rank=rank,
+            count=count,
+            replica=rank // of_replica,
+            replicas=count // of_replica,
+            peers=groups(ranks.mT),
+            team=groups(ranks),
+            device=device,
+        )
     finally:
         if not joined:
             dist.destroy_process_group()
@@ -164,19 +185,30 @@ def meet(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 
+def groups(ranks: Tensor) -> Peers | None:
+    """This process's group, where the last dimension of `ranks` holds one each; None if it is
+    alone there."""
+    if ranks.shape[-1] == 1:
+        return None
+    group, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())
+    return Peers.of(group)
+
+
 def check_count(config: RunConfig, count: int) -> None:
     settings = config.distributed
-    for name in ("sequence", "shard"):
-        size = getattr(settings, name)
-        if size and count % size:
+    for names in (("sequence", "tensor"), ("shard", "tensor")):
+        sizes = {f"distributed.{name}": getattr(settings, name) or 1 for name in names}
+        if count % math.prod(sizes.values()):
+            named = [f"{name} ({size})" for name, size in sizes.items() if size > 1]
             raise ValueError(
-                f"distributed.{name} ({size}) must divide the number of processes, got {count}"
+                f"{' times '.join(named)} must divide the number of processes, got {count}"
             )
     rows = config.train.tokens_per_batch // config.longest
-    if rows < count // settings.sequence:
+    replicas = count // (settings.sequence * settings.tensor)
+    if rows < replicas:
         raise ValueError(
-            f"{count} processes need a batch of {count // settings.sequence} rows or more, got "
-            f"{rows} (train.tokens_per_batch, distributed.sequence)"
+            f"{count} processes need a batch of {replicas} rows or more, got {rows} "
+            "(train.tokens_per_batch, distributed.sequence, distributed.tensor)"
         )
 
 
@@ -198,20 +230,33 @@ def spread(training: Training, config: RunConfig, here: Processes) -> Training:
         return training
     model = training.model
     model.peers = here.peers
-    if config.distributed.strategy == "ddp":
+    moments = optimizer_tensors(training)
+    if here.team is not None:
+        share_heads(model, here.team)
+    if config.distributed.strategy == "fsdp":
+        shard(model, config.distributed, here)
+    elif here.count > here.team_size:
         # M_0 and the persistent tokens have no part in the later segments of a text.
         training.reader = torch.nn.parallel.DistributedDataParallel(
-            Reader(model), find_unused_parameters=True
+            Reader(model), find_unused_parameters=True, process_group=same_heads(here)
         )
-        return training
-    moments = optimizer_tensors(training)
-    shard(model, config.distributed, here)
     training.optimizers = build_optimizers(model, config.optimizer)
     if moments:
-        named = dict(model.named_parameters())
-        own = {key: like(named[key.split("/")[1]], value) for key, value in moments.items()}
-        restore_optimizers(training, own, "the optimizer")
+        held = {
+            key: held_part(model, key.split("/")[1], value) if value.ndim else value
+            for key, value in moments.items()
+        }
+        restore_optimizers(training, held, "the optimizer")
     return training
+
+
+def same_heads(here: Processes) -> "dist.ProcessGroup | None":
+    """The processes that hold the same weights; None is all."""
+    if here.team is None:
+        return None
+    ranks = torch.arange(here.count).view(-1, here.team_size)
+    group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return group
 
 
 def shard(model: TitansLM, settings: DistributedConfig, here: Processes) -> None:
@@ -220,11 +265,11 @@ def shard(model: TitansLM, settings: DistributedConfig, here: Processes) -> None
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     assert here.device is not None
-    size = settings.shard or here.count
-    shape, names = [here.count // size, size], ["copy", "shard"]
-    if size == here.count:
-        shape, names = shape[1:], names[1:]
-    mesh = init_device_mesh(here.device.type, tuple(shape), mesh_dim_names=tuple(names))
+    holders = here.count // here.team_size
+    size = settings.shard or holders
+    shape, names = (holders // size, size, here.team_size), ("copy", "shard", "tensor")
+    mesh = init_device_mesh(here.device.type, shape, mesh_dim_names=names)
+    mesh = mesh["shard"] if size == holders else mesh["copy", "shard"]
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -232,13 +277,31 @@ def shard(model: TitansLM, settings: DistributedConfig, here: Processes) -> None
         register_fsdp_forward_method(model, method)
 
 
-def like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor as this process holds the parameter; one of another shape as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def sum_shares(model: TitansLM) -> None:
+    """Add up over a team the gradients of what each of its processes holds. Those of its heads
+    are whole."""
+    if model.team is None:
+        return
+    named = model.named_parameters()
+    held = [p.grad for name, p in named if p.grad is not None and name not in model.cuts]
+    shares = [getattr(gradient, "_local_tensor", gradient) for gradient in held]
+    whole = model.team.total(torch.cat([share.flatten() for share in shares]))
+    for share, part in zip(shares, whole.split([s.numel() for s in shares]), strict=True):
+        share.copy_(part.view_as(share))
 
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+def gradient_norm(model: TitansLM) -> Tensor:
+    """Of the whole gradient, whoever holds it."""
+
+    def norm(of_heads: bool) -> Tensor:
+        named = model.named_parameters()
+        found = [p.grad for n, p in named if p.grad is not None and (n in model.cuts) == of_heads]
+        value = torch.nn.utils.get_total_norm(found)
+        return value.full_tensor() if hasattr(value, "full_tensor") else value  # of shards
+
+    if model.team is None:
+        return norm(False)
+    return (norm(False) ** 2 + model.team.total(norm(True) ** 2)).sqrt()
 
 
 def summing(training: Training, last: bool) -> AbstractContextManager[Any]:

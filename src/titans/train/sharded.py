@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titans.models.heads import own_state, whole_state
 from titans.models.lm import TitansLM, write_model
 from titans.state import ModelState
 from titans.train.checkpoint import (
@@ -31,6 +32,7 @@ from titans.train.checkpoint import (
     restore_optimizers,
     scratch_folder,
 )
+from titans.train.parts import LoadPlanner, SavePlanner, find_parts, whole_tensor
 from titans.train.processes import Processes
 
 
@@ -46,11 +48,15 @@ def save_sharded(
     scratch = scratch_folder(run_folder, training.step)
     here.on_first(lambda: str(open_scratch(run_folder, training.step)))
     parameters = {f"model/{name}": p.detach() for name, p in training.model.named_parameters()}
-    dcp.save(parameters | optimizer_tensors(training), checkpoint_id=scratch / SHARDS)
+    whole, parts = find_parts(parameters | optimizer_tensors(training), training.model)
+    dcp.save(whole, checkpoint_id=scratch / SHARDS, planner=SavePlanner(parts))
     if training.memories and (here.peers is None or here.peers.rank == 0):
+        memory = join_rows(training.memories)
+        if here.team is not None:
+            memory = whole_state(memory, here.team)
         begin, end = here.rows(rows)
-        name = f"memory-{begin:06d}-{end:06d}.safetensors"
-        join_rows(training.memories).save(scratch / name)
+        if here.leads:
+            memory.save(scratch / f"memory-{begin:06d}-{end:06d}.safetensors")
     export(training.model, scratch / MODEL, here)
     here.barrier()
     index = {
@@ -63,15 +69,12 @@ def save_sharded(
 
 
 def export(model: TitansLM, path: Path, here: Processes) -> None:
-    """The whole model as one file; every process gives its shards, the first writes."""
-    from torch.distributed.tensor import DTensor
-
+    """The whole model as one file; every process gives its shards and heads, the first writes."""
     whole: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        held = parameter.detach()
-        held = held.full_tensor() if isinstance(held, DTensor) else held
+        tensor = whole_tensor(model, name, parameter.detach())
         if here.first:
-            whole[name] = held.cpu().contiguous()
+            whole[name] = tensor.cpu().contiguous()
     if here.first:
         write_model(path, model.config, whole)
 
@@ -86,22 +89,28 @@ def load_sharded(folder: Path, training: Training, accumulate: int, here: Proces
 
     index = read_index(folder / INDEX)
     reader = dcp.FileSystemReader(folder / SHARDS)
-    named = dict(training.model.named_parameters())
+    model = training.model
+    named = dict(model.named_parameters())
     tensors = {f"model/{name}": p.detach() for name, p in named.items()}
     try:
         stored = reader.read_metadata().state_dict_metadata
         for key, held in stored.items():
             if not key.startswith("model/"):
-                parameter = named[key.split("/")[1]]
-                shape = getattr(held, "size", None)
+                name = key.split("/")[1]
+                parameter, shape = named[name], getattr(held, "size", None)
+                whole_shape = parameter.shape
+                if name in model.cuts:
+                    assert model.team is not None
+                    whole_shape = model.cuts[name].whole_shape(whole_shape, model.team)
                 tensors[key] = (
                     torch.zeros_like(parameter, requires_grad=False)
-                    if shape == parameter.shape
+                    if shape == whole_shape
                     else torch.zeros(shape or ())
                 )
+        whole, parts = find_parts(tensors, model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant
-            dcp.load(tensors, storage_reader=reader, no_dist=here.alone)
+            dcp.load(whole, storage_reader=reader, planner=LoadPlanner(parts), no_dist=here.alone)
     except (CheckpointException, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise ValueError(f"{folder / SHARDS}: cannot be read ({reason[0]})") from None
@@ -112,6 +121,7 @@ def load_sharded(folder: Path, training: Training, accumulate: int, here: Proces
         begin, end = here.rows(index["memories"])
         device = next(training.model.parameters()).device
         own = load_rows(folder, begin, end, device)
+        own = own if here.team is None else own_state(own, here.team)
         training.memories = split_memory(own, here.parts(index["memories"], accumulate))
 
 
@@ -135,7 +145,9 @@ def load_rows(folder: Path, begin: int, end: int, device: torch.device) -> Model
 def own_memory(whole: ModelState, accumulate: int, here: Processes) -> list[ModelState]:
     """This process's part of what all rows remember."""
     rows = row_count(whole)
-    return split_memory(cut_rows(whole, *here.rows(rows)), here.parts(rows, accumulate))
+    own = cut_rows(whole, *here.rows(rows))
+    own = own if here.team is None else own_state(own, here.team)
+    return split_memory(own, here.parts(rows, accumulate))
 
 
 def split_memory(memory: ModelState, parts: int) -> list[ModelState]:

@@ -67,7 +67,7 @@ class RWKV7Mixer(nn.Module):
     def init_state(self, batch_size: int) -> RWKV7State:
         like = self.blend
         dim = like.shape[1]
-        size = dim // self.heads
+        size = len(self.bonus) // self.heads
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         return RWKV7State(
             shift=like.new_zeros(batch_size, 1, dim),

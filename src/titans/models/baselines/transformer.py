@@ -33,7 +33,7 @@ class TransformerMixer(nn.Module):
 
     def init_state(self, batch_size: int) -> CacheState:
         weight = self.qkv.weight
-        empty = weight.new_zeros(batch_size, self.heads, 0, weight.shape[1] // self.heads)
+        empty = weight.new_zeros(batch_size, self.heads, 0, weight.shape[0] // (3 * self.heads))
         return CacheState(keys=empty, values=empty.clone())
 
     def forward(
