@@ -3,7 +3,8 @@
 Three parts, each of use alone:
 
 - the Omega rule: a step follows the gradient of the last c tokens instead of one,
-  S_t = eta S_{t-1} - sum_i gamma_i grad l(M; k_i, v_i): `window=c`;
+  S_t = eta S_{t-1} - theta_t sum_i gamma_i grad l(M; k_i, v_i) over i = t-c+1 ... t: `window=c`.
+  Here gamma depends on t - i alone; in the paper the input decides it;
 - Muon inside the memory: M_t = (1 - alpha) M_{t-1} + theta NewtonSchulz(S_t);
 - polynomial features: M reads phi(k), all products of two entries of k, so that a matrix holds
   more pairs than keys have dimensions.

@@ -1,10 +1,12 @@
 """Moneta, Yaad and Memora: the three models of MIRAS (*It's All Connected*, arXiv 2504.13173).
 
-| model  | objective                      | retention                                        |
-|--------|--------------------------------|--------------------------------------------------|
-| Moneta | |M(k) - v|_p^p      (10), (11) | A = (1 - alpha) A - theta g, W = A / |A|_q^(q-2) (24) |
-| Yaad   | Huber of |M(k) - v| (15), (16) | W = (1 - alpha) W - theta g                      (26) |
-| Memora | |M(k) - v|^2                   | W = softmax((1 - alpha) log W - theta g)         (27) |
+| model  | objective           | retention                                             |
+|--------|---------------------|-------------------------------------------------------|
+| Moneta | |M(k) - v|_p^p      | l_q: A = (1 - alpha) A - theta g, W = A / |A|_q^(q-2) |
+| Yaad   | Huber of |M(k) - v| | decay: W = (1 - alpha) W - theta g                    |
+| Memora | |M(k) - v|^2        | KL: W = softmax((1 - alpha) log W - theta g)          |
+
+g is the slope of the objective by the weights, taken at the weights of the chunk's beginning.
 
 `python miras.py FILE...` trains a small model of each on text; without a file, on this one.
 """
@@ -23,7 +25,7 @@ from titans.ops import Retention
 
 
 def power(p: float, smooth: float = 1e-6) -> Callable[[Tensor, Tensor], Tensor]:
-    """Slope of |M(k) - v|_p^p, with |e| = sqrt(e^2 + smooth) as in the paper."""
+    """Slope of |M(k) - v|_p^p, with |e| = sqrt(e^2 + smooth), which is smooth at 0."""
 
     def slope(read: Tensor, value: Tensor) -> Tensor:
         error = read - value
@@ -48,8 +50,8 @@ def q_norm(q: float) -> Retention:
     return Retention(weights=lambda A: A / A.abs().pow(q).sum((-2, -1), True) ** (1 - 2 / q))
 
 
-# What is held is log W, but for a constant that the softmax does not see: then (27) is a plain
-# sum. Every column of W, the weights of one output, is a distribution.
+# What is held is log W, but for a constant that the softmax does not see: then the KL row of the
+# table is a plain sum. Every column of W, the weights of one output, is a distribution.
 kl_divergence = Retention(weights=lambda A: A.softmax(-2))
 
 titans.register("objective", "l3", power(3))

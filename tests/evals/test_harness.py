@@ -308,6 +308,7 @@ def recite(until: Until, *strings: str, prompts: int = 1) -> list[str]:
         (("d", "\n\n"), "abc"),
         (("äf",), "abc\n\nde"),  # a character of two bytes
         (("nowhere",), "abc\n\ndeäfg"),  # the end of the document
+        (("fgh",), "abc\n\ndeäfg"),  # never complete
         ((), "abc\n\ndeäfg"),
     ],
 )
@@ -319,6 +320,20 @@ def test_strings_end_a_text_whatever_their_tokens(stop, said) -> None:
 def test_a_text_has_at_most_so_many_tokens() -> None:
     assert recite(Until(max_tokens=2), "?", "ab", "cd", "ef") == ["abcd"]
     assert recite(Until(max_tokens=2, stop=("e",)), "?", "ab", "cd", "ef") == ["abcd"]
+
+
+class Padded(Recites):
+    """Most of all it would say an id that no tokenizer has: its vocabulary is filled up."""
+
+    def hidden(self, tokens, state=None, write=True):
+        output = super().hidden(tokens, state, write)
+        output.hidden[..., -1] = 2.0
+        return output
+
+
+def test_ids_that_only_fill_the_vocabulary_are_not_said() -> None:
+    said = continuations(Padded(), Pieces("?", "ab", "c"), [[0]], Until(), [0])
+    assert said == ["abc"]
 
 
 def greedy(model: TitansLM, prompt: str, count: int) -> str:

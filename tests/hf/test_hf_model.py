@@ -110,6 +110,17 @@ def test_hidden_states_are_what_blocks_and_head_read() -> None:
     assert model(tokens).hidden_states is None
 
 
+def test_chosen_hidden_states_stand_in_their_places() -> None:
+    model, tokens = wrapped("mac"), some_tokens()
+    every = model(tokens, output_hidden_states=True).hidden_states
+    for given, wanted in [(0, [0]), (-1, [2]), ([0, -1], [0, 2]), ([], [])]:
+        some = model(tokens, output_hidden_states=given).hidden_states
+        assert [i for i, h in enumerate(some or ()) if h is not None] == wanted
+        assert all(torch.equal(some[i], every[i]) for i in wanted)
+    with pytest.raises(ValueError, match="output_hidden_states: there are 3, got index 3"):
+        model(tokens, output_hidden_states=[0, 3])
+
+
 def test_logits_to_keep() -> None:
     model, tokens = wrapped("mag"), some_tokens()
     every = model(tokens).logits
@@ -138,6 +149,8 @@ def test_what_is_refused() -> None:
         model(tokens, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="position_ids: tokens are read in their order"):
+        model(tokens, position_ids=torch.arange(11) % 6)  # two texts packed into one row
     cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match="for 2 rows, got tokens for 3"):
         model(some_tokens(3), past_key_values=cache)

@@ -19,7 +19,7 @@ from titans.cli import main
 from titans.config import VARIANTS
 from titans.data.tokenizers import BPETokenizer, ByteTokenizer
 from titans.hf import TitansForCausalLM, TitansHFConfig
-from titans.hf.convert import for_transformers
+from titans.hf.convert import for_transformers, from_folder
 from titans.hf.folder import code_files
 
 
@@ -107,6 +107,34 @@ def test_weights_missing_in_a_folder_start_as_in_a_new_model(tmp_path: Path) -> 
             assert torch.allclose(parameter, fresh[name.removeprefix("model.")], atol=1e-6), name
     assert missing
     assert torch.isfinite(loaded(some_tokens()).logits).all()
+
+
+def test_a_missing_embedding_is_drawn_and_told(tmp_path: Path) -> None:
+    """Tied to the head, it must not count as loaded: it would have no numbers at all."""
+    model = wrapped("mac").float()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.embedding.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = TitansForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "model.embedding.weight" in report["missing_keys"]
+    assert 0.01 < float(loaded.model.embedding.weight.detach().std()) < 0.04
+    assert loaded.model.head.weight is loaded.model.embedding.weight
+    for name, tensor in stored.items():
+        assert torch.equal(loaded.get_parameter(name), tensor), name
+    with pytest.raises(ValueError, match="weights do not fit the config"):
+        from_folder(tmp_path)
+
+
+def test_weights_are_drawn_once(tmp_path: Path) -> None:
+    """transformers and its users call `post_init` again, e.g. after resizing the embeddings."""
+    model = TitansForCausalLM(TitansHFConfig.from_titans(small_config("mac", tie_embeddings=False)))
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path)
+    for some in (model, wrapped("mac"), TitansForCausalLM.from_pretrained(tmp_path)):
+        before = {name: p.clone() for name, p in some.named_parameters()}
+        some.post_init()
+        assert all(torch.equal(p, before[name]) for name, p in some.named_parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -131,6 +131,8 @@ BAD = [
     ({"prompt": "x", "logprobs": 2}, "logprobs is not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
     ({"prompt": "x", "messages": []}, "unknown field 'messages'"),
+    ({"prompt": "x", "stream_options": 5}, "stream_options must be an object, got int"),
+    ({"prompt": "x", "stream_options": {"include_usage": "no"}}, "include_usage must be true"),
 ]
 
 

@@ -196,7 +196,7 @@ def test_a_damaged_memory_file(c, tmp_path, name) -> None:
     assert not list((tmp_path / "sessions").glob(".upload-*"))
 
 
-def forged(c, change):
+def forged(c, change, notes='{"tokenizer": "bytes"}'):
     """A memory file with a valid checksum, whose structure was changed by hand."""
     import safetensors.torch
     import torch
@@ -209,7 +209,8 @@ def forged(c, change):
     structure = json.loads(metadata["structure"])
     change(structure["fields"], tensors, torch)
     metadata["structure"] = json.dumps(structure)
-    metadata["sha256"] = digest(tensors, metadata["structure"])
+    metadata["notes"] = notes
+    metadata["sha256"] = digest(tensors, metadata["structure"] + notes)
     path.unlink()
     return safetensors.torch.save(tensors, metadata)
 
@@ -297,6 +298,16 @@ def test_a_nested_bomb(c) -> None:
     deep = b'{"tuple":[' * 5000
     message(c.post("/v1/sessions", content=content, headers=MEMORY), 400)
     message(c.post("/v1/sessions", content=deep, headers=MEMORY), 400)
+
+
+@pytest.mark.parametrize(
+    ("notes", "status"),
+    [("5", 400), ("{", 400), ('{"tokenizer": 5}', 409), ("[" * 20_000, 400)],
+)
+def test_forged_notes(c, without_shape_checks, notes, status) -> None:
+    content = forged(c, lambda *_: None, notes)
+    message(c.post("/v1/sessions", content=content, headers=MEMORY), status)
+    assert len(c.get("/v1/sessions").json()["sessions"]) == 1
 
 
 def test_an_unforged_file_is_taken(c) -> None:

@@ -1,4 +1,4 @@
-"""Text that comes in any pieces is the text; tokens told one by one join to what they say."""
+"""Text that comes in any pieces is the text."""
 
 import asyncio
 from itertools import pairwise
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from titans.data.tokenizers import BPETokenizer, ByteTokenizer
 from titans.serve import text as serve_text
 from titans.serve.reading import in_pieces
-from titans.serve.text import Decoder, Encoder, Stops
+from titans.serve.text import Encoder
 
 BYTES = ByteTokenizer()
 SAMPLE = "Ein Äffchen aß 3 Äpfel — «baku: 4821», 値は42。\n\n  Then: it's  «gone»\u2026 🙂\tok"
@@ -62,62 +62,6 @@ def test_a_word_without_end_does_not_fill_the_memory(bpe, monkeypatch) -> None:
 def test_what_is_not_utf8_is_refused_in_any_pieces(wrong, size) -> None:
     with pytest.raises(ValueError, match=r"not UTF-8: .* within the first [0-9]+ bytes"):
         encoded(BYTES, b"good \xc3\xa4 " + wrong, range(0, 100, size))
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(0, 256), max_size=40))
-def test_bytes_told_one_by_one_join_to_their_text(ids) -> None:
-    decoder = Decoder(BYTES)
-    told = [decoder.feed(token) for token in ids]
-    assert "".join(told) + decoder.finish() == BYTES.decode(ids)
-
-
-def test_a_character_is_told_when_it_is_whole() -> None:
-    decoder = Decoder(BYTES)
-    assert [decoder.feed(t) for t in "aß🙂".encode()] == ["a", "", "ß", "", "", "", "🙂"]
-
-
-def test_byte_pairs_told_one_by_one_join_to_their_text(bpe) -> None:
-    text = SAMPLE + "\ufffd\ufffd" + " the" * 40
-    decoder = Decoder(bpe)
-    told = [decoder.feed(token) for token in bpe.encode(text)]
-    assert "".join(told) + decoder.finish() == text
-    assert "Äffchen" in "".join(told)
-
-
-def test_a_character_that_never_comes_is_not_waited_for(bpe) -> None:
-    """U+FFFD itself looks like an incomplete character: ten thousand must not cost their square."""
-    (*ids,) = bpe.encode("\ufffd" * 10_000)
-    decoder = Decoder(bpe)
-    told = "".join(decoder.feed(token) for token in ids)
-    assert len(decoder.ids) <= 9
-    assert (told + decoder.finish()).count("\ufffd") >= 9_000
-
-
-@settings(max_examples=40)
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_stops_cut_where_the_first_one_begins(text, stops) -> None:
-    """Shown piece by piece or at once: the text before the stop that is complete first."""
-    watcher = Stops(stops)
-    shown = "".join(watcher.feed(char) for char in text) + watcher.feed("", last=True)
-    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    first = min((end for end, _ in ends), default=None)
-    expected = text if first is None else text[: min(b for e, b in ends if e == first)]
-    assert shown == expected
-    assert watcher.hit == bool(ends)
-
-
-def test_what_may_begin_a_stop_is_not_shown_yet() -> None:
-    watcher = Stops(["END", "»"])
-    assert [watcher.feed(t) for t in ("xE", "N", "y", "EN", "D", "z")] == [
-        "x",
-        "",
-        "ENy",
-        "",
-        "",
-        "",
-    ]
-    assert watcher.hit
 
 
 @settings(max_examples=40)

@@ -18,12 +18,13 @@ from served import (
     read,
 )
 
+from titans.data.tokenizers import BPETokenizer
 from titans.generate import Sampling, generate, stream
 from titans.inspect import watch
 from titans.models.lm import load
 from titans.serve import folder as on_disk
 from titans.serve import reading
-from titans.state import ModelState
+from titans.state import ModelState, read_notes
 
 LONG = "The quick brown fox — «baku: 4821» — jumps over 13 lazy dogs. Ä" * 3
 UNKNOWN = "0" * 32
@@ -196,6 +197,85 @@ def test_a_memory_goes_out_as_a_file_and_comes_back(c, tmp_path, model_file) -> 
     assert_same_state(c.app.state.store.find(fork).origin(), kept)
 
 
+def notes_of(content, tmp_path):
+    path = tmp_path / "noted.memory"
+    path.write_bytes(content)
+    return read_notes(path)
+
+
+def test_a_memory_notes_its_tokenizer(c, tmp_path, model_file) -> None:
+    """Whatever way it came about; then `titans memory` knows what its tokens mean."""
+    made = create(c)
+    load(model_file).init_state(1).save(tmp_path / "bare")
+    bare = (tmp_path / "bare").read_bytes()
+    ways = {
+        "new": lambda: made,
+        "read": lambda: read(c, made, "text").json()["id"],
+        "renamed": lambda: c.patch(f"/v1/sessions/{made}", json={"name": "n"}).json()["id"],
+        "fork": lambda: create(c, fork=made),
+        "file": lambda: c.post("/v1/sessions", content=bare, headers=MEMORY).json()["id"],
+        "reset": lambda: c.post(f"/v1/sessions/{made}/reset").json()["id"],
+    }
+    for way, get in ways.items():
+        content = c.get(f"/v1/sessions/{get()}/memory").content
+        assert notes_of(content, tmp_path) == {"tokenizer": "bytes"}, way
+
+
+def test_a_memory_of_another_tokenizer_is_refused(c, tmp_path, model_file) -> None:
+    path = tmp_path / "other.memory"
+    state = load(model_file).init_state(1)
+    for notes in ({"tokenizer": "sha256:0123456789abcdef"}, {"tokenizer": "x" * 10_000}):
+        state.save(path, notes)
+        answer = c.post("/v1/sessions", content=path.read_bytes(), headers=MEMORY)
+        told = message(answer, 409)
+        assert f"with the tokenizer {notes['tokenizer'][:50]}, this server's is bytes" in told
+    assert c.get("/v1/sessions").json() == {"sessions": []}
+    assert not list((tmp_path / "sessions").glob(".*-*"))
+
+
+def test_sessions_of_another_tokenizer_wait_for_their_own(tmp_path, model_file) -> None:
+    """A server that is started again with another tokenizer changes none of them; they can be
+    taken away as files, and are as before under the one that they were read with."""
+    bpe = tmp_path / "tokenizer.json"
+    BPETokenizer.train(["ab ab"], 257, bpe)
+    question = {"prompt": "x", "temperature": 0, "max_tokens": 3}
+    with client(tmp_path / "s", model_file) as c:
+        session = create(c)
+        read(c, session, "some text")
+        answered = c.post(f"/v1/sessions/{session}/ask", json=question).json()
+    with client(tmp_path / "s", model_file, tokenizer=str(bpe)) as d:
+        url = f"/v1/sessions/{session}"
+        refused = [
+            d.post(f"{url}/ask", json=question),
+            read(d, session, "x"),
+            d.post(f"{url}/reset"),
+            d.post("/v1/sessions", json={"fork": session}),
+            d.post("/v1/completions", json={**question, "session": session}),
+        ]
+        for answer in refused:
+            assert "read with the tokenizer bytes, this server's is sha256:" in message(answer, 409)
+        assert d.patch(url, json={"name": "still here"}).status_code == 200
+        content = d.get(f"{url}/memory").content
+        assert notes_of(content, tmp_path) == {"tokenizer": "bytes"}
+        assert "tokenizer bytes" in message(
+            d.post("/v1/sessions", content=content, headers=MEMORY), 409
+        )
+    with client(tmp_path / "s", model_file) as c:
+        assert c.post(f"/v1/sessions/{session}/ask", json=question).json() == answered
+
+
+def test_a_folder_of_before_tokenizers_were_noted(tmp_path, model_file) -> None:
+    with client(tmp_path / "s", model_file) as c:
+        session = create(c)
+    kept = tmp_path / "s" / session / "session.json"
+    content = json.loads(kept.read_text())
+    del content["tokenizer"]
+    kept.write_text(json.dumps(content))
+    with client(tmp_path / "s", model_file) as c:
+        assert read(c, session, "more").status_code == 200
+    assert json.loads(kept.read_text())["tokenizer"] == "bytes"
+
+
 def test_a_restart_loses_nothing(tmp_path, model_file) -> None:
     folder = tmp_path / "s"
     with client(folder, model_file) as c:
@@ -336,7 +416,7 @@ BAD_BODIES = [
     (b'{"prompt": NaN}', "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}", "not JSON"),
-    (b'{"prompt": "\\ud800"}', "surrogates not allowed"),
+    (b'{"prompt": "\\ud800"}', "expected Unicode text, got half of a surrogate pair"),
     (b'{"prompt": ""}', "the prompt must have 1 to"),
     (b'{"prompt": 5}', "prompt must be a string, got int"),
     (b"{}", "prompt is missing"),

@@ -218,6 +218,76 @@ def test_others_are_served_while_a_long_past_is_probed(c, session, short):
     assert len(order) == 3
 
 
+def test_an_erasure_can_be_stopped(c, session, short):
+    """What it computed is thrown away, it computes no more, and the memory is free again."""
+    text = short["text"].encode()
+    c.post(f"/v1/sessions/{session}/read", content=text * (40_000 // len(text)), headers=TEXT)
+    url, store = f"/studio/sessions/{session}/erase", c.app.state.store
+    before = c.get(f"/v1/sessions/{session}").json()
+    files = sorted(path.name for path in (store.folder.path / session).iterdir())
+    stop = f"/studio/sessions/{session}/stop"
+    assert c.post(stop).json() == {"stopped": False}
+    told = []
+    content = {"start": 0, "stop": 5, "instead": "x"}
+    erasing = threading.Thread(target=lambda: told.append(c.post(url, json=content)))
+    batches = store.engine.metrics.batches
+    erasing.start()
+    while store.engine.metrics.batches < batches + 2:
+        time.sleep(0.01)
+    assert c.post(stop).json() == {"stopped": True}
+    erasing.join()
+    assert told[0].status_code == 409
+    assert told[0].json()["error"]["code"] == "stopped"
+    computed = store.engine.metrics.batches
+    assert computed < batches + 20  # whole, it takes 20 pieces
+    time.sleep(0.2)
+    assert store.engine.metrics.batches <= computed + 1
+    assert c.get(f"/v1/sessions/{session}").json() == before
+    assert sorted(path.name for path in (store.folder.path / session).iterdir()) == files
+    erased = c.post(url, json={**content, "tokens_read": before["tokens_read"]}).json()
+    assert erased["session"]["tokens_read"] == before["tokens_read"] - 4
+
+
+def test_a_reading_can_be_stopped(c, session):
+    """What it has read arrives, and counts; the rest is not read."""
+    before = c.get(f"/v1/sessions/{session}").json()["tokens_read"]
+    url, told = f"/v1/sessions/{session}/read", []
+    headers = {**TEXT, "accept": "text/event-stream"}
+    text = b"x = 1\n" * 5000
+    reading = threading.Thread(
+        target=lambda: told.append(c.post(url, content=text, headers=headers))
+    )
+    metrics = c.app.state.store.engine.metrics
+    batches = metrics.batches
+    reading.start()
+    while metrics.batches < batches + 2:
+        time.sleep(0.01)
+    assert c.post(f"/studio/sessions/{session}/stop").json() == {"stopped": True}
+    reading.join()
+    found = events(told[0])
+    assert [name for name, _ in found[-2:]] == ["piece", "done"]
+    read = sum(len(data["ids"]) for name, data in found if name == "piece")
+    assert found[-1][1]["read"] == read < len(text)
+    assert c.get(f"/v1/sessions/{session}").json()["tokens_read"] == before + read
+
+
+def test_an_erasure_that_is_being_written_is_not_stopped(c, session, monkeypatch):
+    """Whoever asks then is told no, and the erasure is answered as done."""
+    url, store, asked = f"/studio/sessions/{session}/erase", c.app.state.store, []
+    before = c.get(f"/v1/sessions/{session}").json()
+    commit = store.folder.commit
+
+    def slow(*arguments):
+        asked.append(c.post(f"/studio/sessions/{session}/stop").json())
+        return commit(*arguments)
+
+    monkeypatch.setattr(store.folder, "commit", slow)
+    answer = c.post(url, json={"start": 0, "stop": 5})
+    assert answer.status_code == 200
+    assert asked == [{"stopped": False}]
+    assert answer.json()["session"]["tokens_read"] == before["tokens_read"] - 5
+
+
 def test_a_passage_can_be_replaced(c, session, short):
     fact = short["facts"][1]
     start = short["text"].encode().index(fact["value"].encode())
@@ -316,6 +386,9 @@ def test_an_explanation_of_a_text_in_a_fresh_memory(c):
     wrong = c.post("/studio/explain", json={"text": "ab", "memory": 9, "head": 0})
     assert wrong.status_code == 400
     assert "memory must lie in 0..1, got 9" in wrong.json()["error"]["message"]
+    wrong = c.post("/studio/explain", json={"text": "abc", "token": 3})
+    assert wrong.status_code == 400
+    assert "token must lie in 0..2, got 3" in wrong.json()["error"]["message"]
 
 
 def test_unknown_sessions_are_404(c):

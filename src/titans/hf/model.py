@@ -38,6 +38,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
     config: TitansHFConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True  # by TitansLM itself, which keeps the state
+    _is_hf_initialized = False
     _is_stateful = True  # no assisted decoding: what is read cannot be unread
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' form)
@@ -59,11 +60,15 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             wrapped = cls(TitansHFConfig.from_titans(model.config, **given))
         wrapped.model = model
+        wrapped._is_hf_initialized = True
         return wrapped.train(model.training)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As `TitansLM` does, all at once; parameters that were loaded stay as they are."""
+        """As `TitansLM` does, all at once and only once; what was loaded stays as it is."""
+        if self._is_hf_initialized:
+            return
+        self._is_hf_initialized = True
         parameters = list(self.model.parameters())
         loaded = [p for p in parameters if getattr(p, "_is_hf_initialized", False)]
         if len(loaded) == len(parameters):
@@ -72,6 +77,13 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.reset_parameters()
         for parameter, value in zip(loaded, kept, strict=True):
             parameter.copy_(value)
+
+    def mark_tied_weights_as_initialized(self, *given: Any) -> None:
+        """transformers means the head. Where that is still the very embedding, no file had one,
+        and marking it would leave the embedding undrawn and the user untold."""
+        if self.model.head.weight is not self.model.embedding.weight:
+            mixin: Any = super()
+            mixin.mark_tied_weights_as_initialized(*given)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -88,7 +100,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
+        pad_to_multiple_of: Any = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
         """As in transformers. Memories of before belong to a model of another vocabulary."""
@@ -112,7 +124,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **loss_options: Any,
@@ -122,25 +134,34 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: (B, T), or (B, all tokens so far and T), 0 for what is not to be read,
         wherever it stands. inputs_embeds: (B, T, dim) instead of tokens. labels: (B, T), -100 for
         none; shifted here. use_cache: return what is remembered; a cache that is given is always
-        brought up to date. hidden_states: the input of every block and what the head reads, zeros
-        where nothing was read. logits_to_keep: the last so many, or these positions.
+        brought up to date. output_hidden_states: the input of every block and what the head reads,
+        zeros where nothing was read; or an index or several, and None is in the others' place.
+        logits_to_keep: the last so many, or these positions.
 
-        Raises ValueError for tokens outside the vocabulary and for a cache of another kind, model
-        or batch.
+        Raises ValueError for tokens outside the vocabulary, for position_ids, and for a cache of
+        another kind, model or batch.
         """
         if output_attentions or self.config.output_attentions:
             raise ValueError("output_attentions: the weights of attention are never formed")
+        # Not a named argument: `generate` would make some for every model that takes them.
+        if loss_options.get("position_ids") is not None:
+            raise ValueError(
+                "position_ids: tokens are read in their order; give packed texts as rows, "
+                "and padding as attention_mask"
+            )
         x, mask = self.embed(input_ids, inputs_embeds, attention_mask)
         cache = self.cache_of(past_key_values, x.shape[0])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        depths, parts = self.read(
-            x, mask, cache.memory.parts, all_depths=bool(output_hidden_states)
-        )
+        wanted = wanted_depths(output_hidden_states, 1 + self.config.num_hidden_layers)
+        depths, parts = self.read(x, mask, cache.memory.parts, all_depths=bool(wanted))
         cache.memory.parts = parts
         cache.memory.seen += x.shape[1]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(depths[-1][:, kept])
+        chosen: Any = None
+        if wanted:
+            chosen = tuple(h if i in wanted else None for i, h in enumerate(depths))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -152,7 +173,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache if use_cache or past_key_values is not None else None,
-            hidden_states=tuple(depths) if output_hidden_states else None,
+            hidden_states=chosen,
         )
 
     def embed(
@@ -163,6 +184,11 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("expected input_ids or inputs_embeds, and not both")
         given = tokens if embeddings is None else embeddings
         assert given is not None
+        if not given.shape[1]:
+            raise ValueError(
+                "no tokens to read: after a cache that has read, `generate` takes the whole text "
+                "so far, or the new tokens and an attention_mask over all"
+            )
         mask = None
         if attention_mask is not None:
             rows, length = given.shape[:2]
@@ -304,3 +330,17 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             **model_kwargs,
         )
+
+
+def wanted_depths(given: bool | int | Sequence[int] | None, count: int) -> list[int]:
+    """Which of the hidden states to return; below 0 they count from the end.
+
+    Raises ValueError for one that there is not.
+    """
+    if given is None or isinstance(given, bool):
+        return list(range(count)) if given else []
+    indices = [given] if isinstance(given, int) else list(given)
+    wrong = [i for i in indices if not -count <= i < count]
+    if wrong:
+        raise ValueError(f"output_hidden_states: there are {count}, got index {wrong[0]}")
+    return [i % count for i in indices]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from titans.data.tokenizers import Tokenizer
+from titans.data.told import Decoder, Stops
 from titans.generate import Sampling, sample
 from titans.models.lm import TitansLM
 from titans.serve.engine import Engine
 from titans.serve.reading import PIECE, piece_size
-from titans.serve.text import Decoder, Stops
 from titans.state import ModelState
 
 

@@ -57,7 +57,7 @@ async def complete(request: Request) -> Response:
             f"got {len(prompts)} prompts with n = {count}"
         )
     how, streamed = take_ask(fields, store, 16), fields.flag("stream")
-    options = fields.take("stream_options", {})
+    told_usage = take_stream_options(fields)
     refuse_unknown(fields)
     if session_id is None:
         name, model = store.model(name)
@@ -107,7 +107,7 @@ async def complete(request: Request) -> Response:
 
     async def produce(emit: Emit) -> None:
         whole = await all_choices(emit)
-        if isinstance(options, dict) and options.get("include_usage"):
+        if told_usage:
             await emit(event({**whole, "choices": []}))
         await emit(DONE)
 
@@ -147,6 +147,14 @@ def take_prompts(fields: Fields, store: Store) -> list[list[int]]:
 
 def is_ids(value: list[Any]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
+def take_stream_options(fields: Fields) -> bool:
+    """Is the usage to be told at the end? What else OpenAI has there concerns its network."""
+    options = fields.take("stream_options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"stream_options must be an object, got {type(options).__name__}")
+    return Fields(options).flag("include_usage")
 
 
 def refuse_unknown(fields: Fields) -> None:

@@ -59,6 +59,8 @@ def describe(error: Exception) -> tuple[int, str, str | None]:
         return error.status_code, str(error.detail), None
     if isinstance(error, ClientDisconnect):
         return 400, "the body ended too early", None
+    if isinstance(error, UnicodeEncodeError):  # "\\ud800" in JSON
+        return 400, "expected Unicode text, got half of a surrogate pair", None
     if isinstance(error, ValueError):  # what the library raises for bad input
         return 400, str(error), None
     return 500, "internal error; the server's log has the details", None

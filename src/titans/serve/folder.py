@@ -60,6 +60,8 @@ class Record:
     """Of one token in the log."""
     origin: bool
     """Did the log begin at a memory that came as a file?"""
+    tokenizer: str | None = None
+    """Identity of what made its tokens; of sessions without it nobody knows."""
     nll_sum: float = 0.0
     nll_count: int = 0
     last_nll: float | None = None
@@ -152,9 +154,9 @@ class Folder:
             partial = self.path / f".new-{record.id}"
             try:
                 partial.mkdir()
-                put_state(partial / record.state, state)
+                put_state(partial / record.state, state, record)
                 if origin is not None:
-                    put_state(partial / ORIGIN, origin)
+                    put_state(partial / ORIGIN, origin, record)
                 copy(tokens, partial / record.log, record.logged * record.token_bytes)
                 put_record(partial, record)
                 partial.rename(self.path / record.id)
@@ -182,7 +184,7 @@ class Folder:
         with self._safely(record.id, size):
             try:
                 if state is not None:
-                    put_state(path / record.state, state)
+                    put_state(path / record.state, state, record)
                 if tokens is not None:
                     with (path / record.log).open("wb") as file:
                         tokens.astype(f"<u{record.token_bytes}").tofile(file)
@@ -338,9 +340,10 @@ def next_number(name: str) -> int:
     return int(name.partition(".")[0]) + 1
 
 
-def put_state(path: Path, state: ModelState | Path) -> None:
+def put_state(path: Path, state: ModelState | Path, record: Record) -> None:
+    """A file that notes its tokenizer, as `titans memory` wants it; or a copy of one."""
     if isinstance(state, ModelState):
-        state.save(path)
+        state.save(path, None if record.tokenizer is None else {"tokenizer": record.tokenizer})
     else:
         copy(state, path, state.stat().st_size)
 

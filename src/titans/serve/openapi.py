@@ -19,7 +19,7 @@ STATUS = {
     403: "The request comes from a page of another site.",
     404: "No such session or model.",
     408: "The rest of the body did not come.",
-    409: "The session is busy, or the memory belongs to another model.",
+    409: "The session is busy, or the memory belongs to another model or tokenizer.",
     413: "The body is too long.",
     415: "The body is of another kind than expected, or compressed.",
     421: "The Host header names another server.",

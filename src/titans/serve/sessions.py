@@ -1,5 +1,6 @@
 """The session API: what `POST /v1/sessions/...` and its kin do."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from titans.data.told import Decoder
 from titans.generate import Sampling
 from titans.serve.answering import Ask, answer, prompted
 from titans.serve.body import Fields, chunks, json_object, media_type
@@ -26,7 +28,7 @@ from titans.serve.reading import (
     to_json,
 )
 from titans.serve.store import Session, Store
-from titans.serve.text import Decoder, Encoder
+from titans.serve.text import Encoder
 
 MEMORY_TYPE = "application/octet-stream"
 HEADER_BYTES = 2**20  # of a memory file, beside its tensors
@@ -164,9 +166,14 @@ async def read_as_events(request: Request, size: int) -> Response:
     """The body is taken in whole (to the disk) before the first event: a client that sends all
     before it listens would wait for us, and we for it.
 
-    What was read counts when the client goes, or when a later part turns out not to be text.
+    What was read counts when the client goes, when a later part turns out not to be text, and
+    when somebody calls the session's `stop`: then `done` follows at once.
     """
-    store = store_of(request)
+    store, stopped = store_of(request), asyncio.Event()
+
+    def stop() -> bool:
+        stopped.set()
+        return True
 
     async def produce(emit: Emit) -> None:
         with store.folder.upload() as upload:
@@ -174,6 +181,7 @@ async def read_as_events(request: Request, size: int) -> Response:
                 upload.write(chunk)
             async with reading(store, request.path_params["id"]) as reader:
                 decoder = Decoder(store.tokenizer)
+                reader.session.stop = stop
                 try:
                     async for tokens in pieces_of(store, reader, upload.blocks(), size):
                         start = reader.state.position
@@ -181,6 +189,8 @@ async def read_as_events(request: Request, size: int) -> Response:
                         assert step.observation is not None
                         texts = [decoder.feed(token) for token in tokens.tolist()]
                         await emit(event(to_json(step.observation, texts, start), "piece"))
+                        if stopped.is_set():
+                            break
                     check_not_empty(reader)
                 finally:
                     if count := reader.log.count:

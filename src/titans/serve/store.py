@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from titans.data.tokenizers import Tokenizer, token_dtype
+from titans.data.tokenizers import Tokenizer, token_dtype, tokenizer_identity
 from titans.models.lm import TitansLM
 from titans.serve.engine import Engine
 from titans.serve.errors import ApiError
@@ -41,6 +41,8 @@ class Session:
     touched: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     holder: "asyncio.Task[Any] | None" = None
+    stop: Callable[[], bool] | None = None
+    """Ends early what the holder does; None where it cannot be ended, or not any more."""
 
     @property
     def id(self) -> str:
@@ -70,6 +72,7 @@ class Store:
     ) -> None:
         self.settings, self.folder, self.models = settings, folder, models
         self.tokenizer, self.engine = tokenizer, engine
+        self.identity = tokenizer_identity(tokenizer)
         with torch.no_grad():
             self.initial = {name: model.init_state(1).fork() for name, model in models.items()}
         self.sessions = {r.id: Session(record=r, folder=folder) for r in folder.recover()}
@@ -92,7 +95,17 @@ class Store:
         name = session.record.model
         if name not in self.models:
             raise ApiError(409, f"this server does not have the session's model {name!r}")
+        self.check_tokenizer("session", session.record.tokenizer)
         return self.models[name]
+
+    def check_tokenizer(self, what: str, noted: Any) -> None:
+        """409 where the tokens that were read would mean something else here."""
+        if noted not in (None, self.identity):
+            raise ApiError(
+                409,
+                f"the {what} was read with the tokenizer {noted!s:.50}, "
+                f"this server's is {self.identity}",
+            )
 
     async def state(self, session: Session) -> ModelState:
         """Its state as of the last commit, from the disk if need be."""
@@ -164,7 +177,7 @@ class Store:
             self.find(id)
             yield session
         finally:
-            session.holder = None
+            session.holder = session.stop = None
             session.lock.release()
 
     async def run(self, id: str, function: Callable[[TitansLM, Session], T]) -> T:
@@ -188,7 +201,7 @@ class Store:
         async def both() -> None:
             used = replace(record, used=now())
             if state is not None:
-                used = replace(used, state_bytes=state.nbytes)
+                used = replace(used, state_bytes=state.nbytes, tokenizer=self.identity)
             session.record = await asyncio.to_thread(self.folder.commit, used, state, tokens)
             if state is not None:
                 session.state = state
@@ -253,13 +266,14 @@ class Store:
 
     async def load(self, path: Path, model: str | None, name: Any) -> Session:
         """A session that goes on from a memory file. ValueError where it is not one."""
-        state = await asyncio.to_thread(load_memory, path)
+        state, notes = await asyncio.to_thread(load_memory, path)
         fitting = [n for n, m in self.models.items() if m.config_hash == state.config_hash]
         if model is not None and self.model(model)[0] not in fitting:
             raise ApiError(409, f"the memory belongs to another model than {model!r:.50}")
         if not fitting:
             raise ApiError(409, "the memory belongs to none of this server's models")
         chosen = fitting[0] if model is None else model
+        self.check_tokenizer("memory", notes.get("tokenizer"))
         check_memory(state, self.models[chosen])
         record = self._new_record(chosen, valid_name(name))
         record = replace(record, tokens_read=state.position, origin=True)
@@ -280,6 +294,7 @@ class Store:
             logged=0,
             token_bytes=token_dtype(self.models[model].config.vocab_size).itemsize,
             origin=False,
+            tokenizer=self.identity,
         )
 
     async def _add(
@@ -290,7 +305,7 @@ class Store:
         tokens: Path | None = None,
     ) -> Session:
         if len(self.sessions) >= self.settings.sessions:
-            message = f"there are {len(self.sessions)} sessions, as many as may be"
+            message = f"there are as many sessions as may be, {len(self.sessions)}"
             raise ApiError(429, message, "too_many_sessions")
         held = state if isinstance(state, ModelState) else None
         session = Session(record=record, folder=self.folder, state=held)

@@ -10,15 +10,16 @@ from titans.config import TitansConfig
 from titans.layers.attention import SegmentState
 from titans.models.lm import TitansLM
 from titans.ops import RuleState
-from titans.state import ModelState, State
+from titans.state import ModelState, State, read_notes
 
 POSITION_LIMIT = 2**53  # where float64, and so a rotary angle, stops telling neighbours apart
 
 
-def load_memory(path: Path) -> ModelState:
-    """ValueError of one line, without the path, which is only ours."""
+def load_memory(path: Path) -> tuple[ModelState, dict[str, str]]:
+    """The state, and what else its file notes. ValueError of one line, without the path, which
+    is only ours."""
     try:
-        return ModelState.load(path)
+        return ModelState.load(path), read_notes(path)
     except RecursionError:
         raise ValueError("not a memory file: its structure is nested too deeply") from None
     except ValueError as error:

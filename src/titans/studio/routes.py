@@ -1,5 +1,6 @@
 """The page's own routes, beside those of `titans.serve`: what it shows of a memory, and how."""
 
+import asyncio
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.resources import files
@@ -12,6 +13,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from titans.data.told import Decoder
 from titans.generate import Sampling
 from titans.inspect import distance
 from titans.models.lm import TitansLM
@@ -22,6 +24,7 @@ from titans.serve.errors import JSON, ApiError
 from titans.serve.events import Emit, event, respond, while_wanted
 from titans.serve.reading import (
     OBSERVED_PIECE,
+    Reread,
     in_pieces,
     once,
     piece_size,
@@ -31,7 +34,7 @@ from titans.serve.reading import (
     to_json,
 )
 from titans.serve.sessions import check_prompt, describe_session, store_of, take_ask
-from titans.serve.text import Decoder
+from titans.serve.store import Session
 from titans.studio import views
 from titans.studio.texts import built_in_texts
 
@@ -165,39 +168,53 @@ async def erase(request: Request) -> Response:
     ask = Ask(sampling=Sampling(temperature=0.0), max_tokens=12, stop=("»",))
     prompts = [check_prompt(store, store.tokenizer.encode(text)) for text in questions]
 
+    async def read_again(session: Session) -> tuple[np.ndarray, Reread, dict[str, Any]]:
+        """The edited text, the memory of it, and what changed."""
+        tokens, origin = store.past(session)
+        if expected not in (None, session.record.tokens_read):
+            raise ApiError(409, "the memory has read on since; nothing was erased", "stale")
+        if not 0 <= passage[0] < passage[1] <= len(tokens):
+            raise ValueError(
+                f"expected start < stop within 0..{len(tokens)}, got {passage[0]} and {passage[1]}"
+            )
+        edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
+        model, old = store.model_of(session), await store.state(session)
+        new = await reread(store.engine, model, edited, origin)
+        apart = await store.engine.call(lambda: views.changed(model, old, new.state))
+        said = await gather(
+            [
+                whole_answer(store.engine, model, store.tokenizer, state, prompt, ask)
+                for prompt in prompts
+                for state in (old, new.state)
+            ]
+        )
+        pairs = zip(said[::2], said[1::2], strict=True)
+        answers = [{"before": before, "after": after} for before, after in pairs]
+        counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
+        return edited, new, {**counts, **apart, "answers": answers}
+
     async def work() -> dict[str, Any]:
         async with store.hold(id) as session:
-            tokens, origin = store.past(session)
-            if expected not in (None, session.record.tokens_read):
-                raise ApiError(409, "the memory has read on since; nothing was erased", "stale")
-            if not 0 <= passage[0] < passage[1] <= len(tokens):
-                raise ValueError(
-                    f"expected start < stop within 0..{len(tokens)}, "
-                    f"got {passage[0]} and {passage[1]}"
-                )
-            edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
-            model, old = store.model_of(session), await store.state(session)
-            new = await reread(store.engine, model, edited, origin)
-            apart = await store.engine.call(lambda: views.changed(model, old, new.state))
-            said = await gather(
-                [
-                    whole_answer(store.engine, model, store.tokenizer, state, prompt, ask)
-                    for prompt in prompts
-                    for state in (old, new.state)
-                ]
-            )
-            pairs = zip(said[::2], said[1::2], strict=True)
-            answers = [{"before": before, "after": after} for before, after in pairs]
+            task = asyncio.current_task()
+            assert task is not None
+            session.stop = task.cancel
+            try:
+                edited, new, change = await read_again(session)
+            except asyncio.CancelledError:
+                reason = "the erasing was stopped; nothing was changed"
+                raise ApiError(409, reason, "stopped") from None
+            session.stop = None  # from here on it happens
             await rewrite(store, session, edited, new)
-            counts = {"erased": passage[1] - passage[0], "inserted": len(instead)}
-            return {
-                **counts,
-                **apart,
-                "answers": answers,
-                "session": describe_session(session),
-            }
+            return {**change, "session": describe_session(session)}
 
     return JSON(await while_wanted(request, work()))
+
+
+async def stop(request: Request) -> Response:
+    """End what changes a session: a reading with what it has read; an erasure, answered 409, with
+    nothing changed. `stopped` is false where there is neither, or its outcome is being written."""
+    stop = store_of(request).find(request.path_params["id"]).stop
+    return JSON({"stopped": stop is not None and stop()})
 
 
 async def compare(request: Request) -> Response:
@@ -281,5 +298,6 @@ ROUTES: list[BaseRoute] = [
     Route("/studio/sessions/{id}/compare-ask", compare_ask, methods=["POST"]),
     Route("/studio/sessions/{id}/probe", probe, methods=["POST"]),
     Route("/studio/sessions/{id}/erase", erase, methods=["POST"]),
+    Route("/studio/sessions/{id}/stop", stop, methods=["POST"]),
     Route("/studio/sessions/{id}/compare", compare, methods=["GET"]),
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from titans.data.tokenizers import Tokenizer
+from titans.data.told import Decoder
 from titans.inspect import (
     Step,
     distance,
@@ -23,7 +24,6 @@ from titans.inspect import (
 )
 from titans.models.lm import TitansLM
 from titans.serve.reading import plain
-from titans.serve.text import Decoder
 from titans.state import ModelState
 
 CURVE_POINTS = 200  # of a recall curve
@@ -140,6 +140,8 @@ def explained(
     memory, head: None is the one with the largest learning rate. token: its place in `tokens`;
     None is the last that the head writes.
     """
+    if token is not None and not 0 <= token < len(tokens):
+        raise ValueError(f"token must lie in 0..{len(tokens) - 1}, got {token}")
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     if memory is None or head is None:
         memory, head = busiest(model, state, ids, token)
@@ -148,8 +150,6 @@ def explained(
     if token is None:
         written = torch.nonzero(rates).flatten().tolist()
         token = written[-1] if written else len(tokens) - 1
-    if not 0 <= token < len(tokens):
-        raise ValueError(f"token must lie in 0..{len(tokens) - 1}, got {token}")
     decoder = Decoder(tokenizer)
     network = memories(model, model.init_state(1))[memory].layer.network
     told = network.apply(

@@ -106,7 +106,8 @@ def read(page, text: str | None = None, hurry: bool = True) -> None:
     if hurry:
         page.select_option("#pace", "30000")
     page.click("#read")
-    page.wait_for_selector("#hurry:visible")
+    # A short text is read before one could see that it is being read.
+    until(page, "document.querySelector('#text-choice').value === ''", 60)
     page.wait_for_selector("#read:visible", timeout=60_000)
 
 

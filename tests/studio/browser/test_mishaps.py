@@ -81,6 +81,78 @@ def test_one_erase_at_a_time_and_only_of_what_is_shown(open_page, server):
     assert len(server.sessions()) == 2
 
 
+def test_what_was_to_be_read_instead_outlives_a_failure(open_page, server):
+    """Whether the server refuses or another tab read on; it goes when another passage is chosen."""
+    page = open_page(server.url)
+    driver.read(page, "left")
+    (session,) = server.sessions()
+    page.click("#erase .suggestion >> nth=0")
+    quote = page.locator("#erase .quote").inner_text()
+    page.fill("#instead", "something of mine")
+    page.uncheck("#keep")
+    refusal = json.dumps({"error": {"message": "no room", "type": "storage_error", "code": None}})
+    page.route("**/erase", lambda route: route.fulfill(status=507, body=refusal))
+    open_page.expected += ["507", "409"]
+    page.click("#erase-button")
+    assert told(page) == "No room."
+
+    def kept():
+        page.wait_for_selector("#erase-button:not([disabled])")
+        return (
+            page.locator("#erase .quote").inner_text() == quote
+            and page.input_value("#instead") == "something of mine"
+            and not page.is_checked("#keep")
+        )
+
+    assert kept()
+    page.unroute("**/erase")
+    send(server, f"v1/sessions/{session['id']}/read", "and more")
+    page.click("#erase-button")
+    assert told(page) == "The memory has read on since; nothing was erased."
+    assert kept()
+    assert page.evaluate("document.activeElement.id") == "erase-button"
+    # A longer passage from the same token on is the same one, another place is not.
+    page.focus("#pane")
+    page.keyboard.press("Shift+ArrowLeft")
+    assert page.input_value("#instead") == "something of mine"
+    page.keyboard.press("Home")
+    page.keyboard.press("Shift+End")
+    page.wait_for_selector("#erase .quote")
+    assert page.input_value("#instead") == ""
+    assert page.is_checked("#keep")
+
+
+def test_an_erase_can_be_cancelled(open_page, server):
+    """Nothing has changed then: not the memory, not what is shown, and there is no fork of it."""
+    open_page.expected.append("409")
+    text = server.texts()["left"]["text"]
+    session = send(server, "v1/sessions", {"name": "long"})
+    send(server, f"v1/sessions/{session['id']}/read", text * 20)
+    page = open_page(server.url, view="#memories")
+    page.click("button:text-is('Open')")
+    page.click("#erase .suggestion >> nth=0", timeout=120_000)
+    page.fill("#instead", "kept")
+    (before,) = server.sessions()
+    held = hold(page, "**/v1/sessions")
+    page.click("#erase-button")
+    wait_for(page, held)
+    page.click("#erase >> text=Cancel")  # while the fork is made
+    page.wait_for_selector("#erase >> text=Cancel")
+    held[0].continue_()
+    page.wait_for_selector("#erase-button:not([disabled])")
+    page.unroute("**/v1/sessions")
+    assert server.sessions() == [before]
+    with page.expect_request("**/erase"):
+        page.click("#erase-button")
+    while page.locator("#erase-button").count() == 0:  # the server may not know of it yet
+        page.locator("#erase >> text=Cancel").dispatch_event("click")
+        page.wait_for_timeout(100)
+    assert server.sessions() == [before]
+    assert page.locator("#failure").is_hidden()
+    assert page.input_value("#instead") == "kept"
+    assert length(page) == before["tokens_read"]
+
+
 def test_another_memory_opened_while_erasing(open_page, server):
     """It is not taken for the one that was erased, whose fork has a name that the server takes."""
     session = send(server, "v1/sessions", {"name": LONGEST})
@@ -136,6 +208,45 @@ def test_a_long_past_does_not_hold_up_the_page(open_page, server):
     wait_for(page, probes)
     page.click("#token >> text=Cancel")
     page.wait_for_selector("#token .suggestion")
+
+
+# What a hand would do: the event, and whether the page took it.
+DROP = """([text, file, target]) => {
+    const data = new DataTransfer();
+    if (file) data.items.add(new File([text], "d.txt"));
+    else data.setData("text/plain", text);
+    return !document.querySelector(target).dispatchEvent(
+        new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+PASTE = """(text) => {
+    const data = new DataTransfer();
+    data.setData("text/plain", text);
+    return !document.querySelector("#own-text").dispatchEvent(
+        new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+}"""
+
+
+def test_texts_of_ones_own(open_page, server):
+    """Dropped, pasted, typed, from a file: the last counts; what is no text is refused by name."""
+    page = open_page(server.url)
+    binary = {"name": "x.bin", "mimeType": "application/octet-stream", "buffer": b"\xff\x00"}
+    page.set_input_files("#own-file", binary)
+    assert told(page) == "x.bin is not a text in UTF-8."
+    assert page.evaluate(DROP, ["from a file", True, "#text"])
+    driver.until(page, "document.querySelector('#own-text').value === 'from a file'")
+    assert page.locator("#failure").is_hidden()
+    assert page.evaluate(DROP, ["words", False, "#text"])
+    driver.until(page, "document.querySelector('#own-text').value === 'words'")
+    assert not page.evaluate(DROP, ["words", False, "#question"])  # the browser puts them there
+    assert page.evaluate(DROP, ["a file", True, "header"])  # and leaves the page where it is
+    # What is too long to be shown is kept beside the field, until something is typed.
+    assert page.evaluate(PASTE, "line\n" * 100_000)
+    page.wait_for_selector("#own-size:text-is('500,000 characters')")
+    assert page.input_value("#own-text") == ""
+    page.fill("#own-text", "typed")
+    page.wait_for_selector("#own-size:text-is('5 characters')")
+    driver.read(page, None)
+    assert page.evaluate(f"(async () => {LOG}.text.join(''))()") == "typed"
 
 
 def test_what_two_tabs_read(open_page, server):

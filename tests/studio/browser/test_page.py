@@ -291,8 +291,11 @@ def test_reset_rename_and_delete(open_page, server, short):
 
 
 def test_stopping_leaves_what_the_server_has(open_page, server):
-    """Stop in mid-read: the page then shows the tokens that count, no more and no fewer."""
+    """Stop in mid-read: the page then shows the tokens that count, no more and no fewer, and none
+    of them is read again for that."""
     page = open_page(server.url)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     page.select_option("#text-choice", "long")
     page.click("#read")
     page.wait_for_selector(".t")
@@ -302,6 +305,9 @@ def test_stopping_leaves_what_the_server_has(open_page, server):
     assert 0 < session["tokens_read"] <= len(server.texts()["long"]["text"].encode())
     driver.until(page, f"(async () => {LOG}.length === {session['tokens_read']})()")
     assert page.locator("#read").inner_text() == "Read on"
+    assert page.input_value("#text-choice") == "long"
+    assert "stop" in asked
+    assert "history" not in asked
 
 
 def test_keyboard_alone(open_page, server, short):
@@ -409,6 +415,8 @@ def test_narrow_windows(open_page, server, shot, scheme):
     page = open_page(server.url, size=driver.NARROW, scheme=scheme)
     no_sideways(page)
     driver.read(page)
+    ask(page, "long" * 500)
+    no_sideways(page)
     page.click("#ask .suggestion >> nth=0")
     page.wait_for_selector(".answer")
     page.click("#token .suggestion >> nth=0")
@@ -531,6 +539,8 @@ def test_a_model_with_momentum_chunks_and_two_layers(browser, tmp_path, shot):
         assert page.locator(".stage canvas").count() == 4  # before and after, of two matrices
         assert "η = " in page.locator(".stage").inner_text()
         assert "eq. 16" in page.locator("#explain").inner_text()
+        assert page.is_checked("[name=kind][value=MAC]")
+        assert "The model on this page is of this kind." in page.locator("#figure").inner_text()
         shot(page, "how")
     finally:
         context.close()

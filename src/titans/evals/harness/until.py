@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from titans.data.tokenizers import Tokenizer
+from titans.data.told import Decoder, Stops
 from titans.generate import Sampling, prefill, sample, select_rows
 from titans.models.lm import TitansLM
 
@@ -69,19 +70,20 @@ def continuations(
     """
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    # A stop string of n bytes that the newest token completes is within the last n tokens.
-    tail = max((len(stop.encode()) for stop in until.stop), default=0)
+    decoders = [Decoder(tokenizer) for _ in prompts]
+    stops = [Stops(until.stop) for _ in prompts]
+    texts = [""] * len(prompts)
     rows = list(range(len(prompts)))
     logits, state = prefill(model, torch.tensor(prompts, device=device), None, write)
     for count in range(1, until.max_tokens + 1):
-        drawn = sample(logits, until.sampling, [generators[row] for row in rows])
+        # A vocabulary may be padded; what the tokenizer does not know cannot be said.
+        known = logits[:, : tokenizer.vocab_size]
+        drawn = sample(known, until.sampling, [generators[row] for row in rows])
         going = []
         for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
             if token != tokenizer.end_of_document:
-                tokens[row].append(token)
-                said = tokenizer.decode(tokens[row][-tail:]) if tail else ""
-                if not any(stop in said for stop in until.stop):
+                texts[row] += stops[row].feed(decoders[row].feed(token))
+                if not stops[row].hit:
                     going.append(place)
         if not going or count == until.max_tokens:
             break
@@ -90,9 +92,5 @@ def continuations(
             rows = [rows[place] for place in going]
         output, state = model(drawn[:, None], state, write)
         logits = output[:, -1]
-    return [cut(tokenizer.decode(said), until.stop) for said in tokens]
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the stops."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    ends = [s.feed(d.finish(), last=True) for s, d in zip(stops, decoders, strict=True)]
+    return [text + end for text, end in zip(texts, ends, strict=True)]

@@ -1,5 +1,6 @@
 // The server's HTTP interface. Every failure is an Error whose message can be shown as it is; its
-// `status` is the server's answer, where there was one, and `session` the memory it was asked of.
+// `status` and `code` are of the server's answer, where there was one, and `session` is the memory
+// it was asked of.
 
 const KEY = "titans-token";
 const LONG = 20000; // characters from which a text is read in larger pieces
@@ -35,13 +36,15 @@ function lost(error) {
 }
 
 async function failure(answer, session) {
-  let message = `The server answered ${answer.status}.`;
+  const { status } = answer;
+  let [message, code] = [`The server answered ${status}.`, null];
   try {
-    message = sentence((await answer.json()).error.message);
+    const { error } = await answer.json();
+    [message, code] = [sentence(error.message), error.code];
   } catch {
     // Not JSON: the status says all there is.
   }
-  return Object.assign(new Error(message), { status: answer.status, session });
+  return Object.assign(new Error(message), { status, code, session });
 }
 
 /** A message of the server as a whole sentence; names of fields stay as they are. */
@@ -127,6 +130,7 @@ export const api = {
   compareAsk: (id, content, signal) => post(studio(id, "compare-ask"), content, { signal }),
   probe: (id, content, signal) => post(studio(id, "probe"), content, { signal }),
   erase: (id, content) => post(studio(id, "erase"), content),
+  stop: (id) => post(studio(id, "stop"), {}),
   compare: (id, other) => json(studio(id, `compare?with=${encodeURIComponent(other)}`)),
   explain: (content, signal) =>
     post("/studio/explain", content, { signal, session: content.session }),

@@ -35,6 +35,12 @@ byId("tint").addEventListener("change", (event) => tint(event.target.value));
 byId("failure-close").addEventListener("click", () => studio.clearFailure());
 addEventListener("themechange", () => charts.draw());
 addEventListener("hashchange", navigate);
+// A file that misses its place must not take the browser away from the page.
+for (const name of ["dragover", "drop"]) {
+  addEventListener(name, (event) => {
+    if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+  });
+}
 
 function tint(measure) {
   const texts = {

@@ -84,13 +84,16 @@ export class Ask {
         "p",
         { class: "asked" },
         "After ",
-        h("span", { class: "mono" }, prompt.trim()),
+        h("span", { class: "mono" }, ending(prompt.trim())),
         expected ? `, of which the text said ${expected}:` : ":",
       ),
       ...READERS.map(([key, title]) => card(key, title, readers[key], expected)),
     );
   }
 }
+
+/** The end of a long prompt, which is where the answer goes on. */
+const ending = (prompt) => (prompt.length > 80 ? `… ${prompt.slice(-80)}` : prompt);
 
 /** A question about a noted code ends where the note does. */
 function settings(prompt) {

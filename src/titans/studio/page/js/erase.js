@@ -1,6 +1,6 @@
 // Forgetting a passage: everything is read again without it, and the questions are asked again.
 
-import { byId, h, named, number, plural } from "./dom.js";
+import { announce, byId, h, named, number, plural } from "./dom.js";
 import { api, studio } from "./studio.js";
 
 export class ErasePanel {
@@ -11,14 +11,33 @@ export class ErasePanel {
     this.body = byId("erase-body");
     this.result = null;
     this.running = false;
+    this.stopped = false;
+    this.instead = h("input", {
+      type: "text",
+      id: "instead",
+      class: "question",
+      autocomplete: "off",
+      spellcheck: "false",
+    });
+    this.keep = h("input", { type: "checkbox", id: "keep" });
+    this.chooseAnew(null);
     pane.addEventListener("cursor", () => this.update());
     pane.addEventListener("erase", () => this.erase());
     for (const name of ["session-changed", "busy"])
       studio.addEventListener(name, () => this.update());
     studio.addEventListener("session", () => {
       this.result = null;
+      this.chooseAnew(null);
       this.update();
     });
+  }
+
+  /** What was typed belongs to the passage that begins at this end of the selection; null: to
+   * whatever is selected next. */
+  chooseAnew(anchor) {
+    this.anchor = anchor;
+    this.instead.value = "";
+    this.keep.checked = true;
   }
 
   range() {
@@ -28,6 +47,9 @@ export class ErasePanel {
   update() {
     if (this.running) return;
     const range = this.range();
+    const { anchor } = this.pane;
+    if (this.anchor === null) this.anchor = anchor;
+    else if (anchor !== this.anchor) this.chooseAnew(anchor);
     const facts = studio.busy ? [] : studio.log.facts();
     const help = h(
       "p",
@@ -51,24 +73,8 @@ export class ErasePanel {
           { class: "quote", tabindex: "0", "aria-label": "Selected passage" },
           studio.log.slice(...range),
         ),
-        h(
-          "label",
-          { class: "field" },
-          h("span", {}, "Read instead (empty: nothing)"),
-          h("input", {
-            type: "text",
-            id: "instead",
-            class: "question",
-            autocomplete: "off",
-            spellcheck: "false",
-          }),
-        ),
-        h(
-          "label",
-          { class: "check" },
-          h("input", { type: "checkbox", id: "keep", checked: true }),
-          "Keep the memory as it is now, as a fork",
-        ),
+        h("label", { class: "field" }, h("span", {}, "Read instead (empty: nothing)"), this.instead),
+        h("label", { class: "check" }, this.keep, "Keep the memory as it is now, as a fork"),
         h(
           "div",
           { class: "row" },
@@ -116,7 +122,8 @@ export class ErasePanel {
   async erase() {
     const range = this.range();
     if (!range || studio.busy) return;
-    const [keep, instead] = [byId("keep").checked, byId("instead").value];
+    const instead = this.instead.value;
+    const words = studio.log.slice(...range);
     const { session } = studio;
     const questions = studio.log.facts().map((fact) => ({
       ...fact,
@@ -131,37 +138,67 @@ export class ErasePanel {
       questions: questions.map((fact) => fact.prompt),
     };
     this.result = null;
+    this.stopped = false;
     this.running = true;
     studio.setBusy("erasing", true);
     this.body.replaceChildren(
       h(
-        "p",
-        { class: "busy" },
-        `Reading everything again ${instead ? "as edited" : "without the passage"} …`,
+        "div",
+        { class: "row" },
+        h(
+          "p",
+          { class: "busy" },
+          `Reading everything again ${instead ? "as edited" : "without the passage"} …`,
+        ),
+        h(
+          "button",
+          { class: "small", type: "button", onclick: (event) => this.stop(session, event.target) },
+          "Cancel",
+        ),
       ),
     );
-    await studio.attempt(async () => {
-      const result = await this.request(session, passage, keep);
+    const done = await studio.attempt(async () => {
+      const result = await this.request(session, passage);
       if (studio.session?.id === session.id) this.result = report(result, questions);
+      this.chooseAnew(null);
       await this.reload(session.id, range[0]);
+      return true;
     });
     this.running = false;
+    const failed = !done && studio.session?.id === session.id;
+    if (failed) this.resume(range, words);
     studio.setBusy("erasing", false);
-    byId("erase-result")?.focus();
+    byId(failed ? "erase-button" : "erase-result")?.focus();
   }
 
   /** Erase, after a fork where one is wanted; where the server refuses, nothing is left of that. */
-  async request(session, passage, keep) {
+  async request(session, passage) {
     const before = { fork: session.id, name: named(session.name, ", before erasing") };
-    const fork = keep ? await api.create(before) : null;
+    const fork = this.keep.checked ? await api.create(before) : null;
     try {
+      if (this.stopped) throw Object.assign(new Error("stopped"), { status: 409, code: "stopped" });
       return await api.erase(session.id, passage);
     } catch (error) {
       // Without an answer it may have been erased: then the fork is what there was.
       if (fork && error.status) await api.remove(fork.id).catch(() => {});
-      if (error.status === 409) await this.reload(session.id); // what it has read by now
+      if (error.code === "stopped") announce("Stopped. The memory is as it was.");
+      else if (error.status === 409) await this.reload(session.id); // what it has read by now
       throw error;
     }
+  }
+
+  /** Too late, or so early that the server does not know of it: then one can try again. */
+  async stop(session, button) {
+    this.stopped = true;
+    button.disabled = true;
+    await studio.attempt(() => api.stop(session.id));
+    button.disabled = false;
+  }
+
+  /** After a failure: what was typed stays, with the passage where that is still there. */
+  resume(range, words) {
+    this.anchor = null;
+    if (!this.range() && studio.log.slice(...range) === words) this.pane.select(...range);
   }
 }
 

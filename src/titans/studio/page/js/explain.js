@@ -273,7 +273,7 @@ export class Explain {
     const step = STEPS[this.step];
     const token = this.data.detail;
     const tiles = step.show(token);
-    const largest = Math.max(1e-12, ...tiles.flatMap((tile) => tile.values.flat().map(Math.abs)));
+    const largest = largestOf(tiles.flatMap((tile) => tile.values));
     this.stage.replaceChildren(
       h("p", {}, step.text(token)),
       h(
@@ -294,7 +294,10 @@ export class Explain {
   }
 }
 
-const norm = (values) => Math.hypot(...values);
+// Of values that may be too many to be arguments of a function.
+const norm = (values) => Math.sqrt(values.reduce((sum, value) => sum + value * value, 0));
+const largestOf = (rows) =>
+  rows.flat().reduce((most, value) => Math.max(most, Math.abs(value)), 1e-12);
 const vector = (symbol, name, values) => ({ symbol, name, values: [values] });
 const matrix = (symbol, name, values) => ({ symbol, name, values });
 
@@ -368,7 +371,7 @@ function picture(tile, largest, room) {
   const size = norm(tile.values.flat());
   const canvas = h("canvas", {
     role: "img",
-    "aria-label": `${tile.name}: ${rows} by ${columns} numbers, norm ${number(size)}, from ${number(Math.min(...tile.values.flat()))} to ${number(Math.max(...tile.values.flat()))}`,
+    "aria-label": `${tile.name}: ${rows} by ${columns} numbers, norm ${number(size)}, the largest ${number(largestOf(tile.values))}`,
   });
   canvas.style.width = `${width}px`;
   if (one) canvas.style.height = `${STRIP}px`;

@@ -1,6 +1,7 @@
 // Where the memory sits in MAC, MAG and MAL: what flows where, stage by stage, beside the equations.
 
 import { byId, h, motion, svg } from "./dom.js";
+import { studio } from "./studio.js";
 
 const PAUSE = 2600; // milliseconds a stage is shown
 
@@ -121,7 +122,7 @@ const FIGURES = {
   MAL: {
     name: "Memory as layer",
     about:
-      "The memory comes first, and attention reads what it returns. The packaged model is of this kind.",
+      "The memory comes first, and attention reads what it returns.",
     boxes: {
       p: [40, 40, 120, 46, "persistent", "learned, fixed"],
       s: [180, 40, 300, 46, "tokens x", ""],
@@ -165,6 +166,7 @@ export class Figure {
   constructor() {
     this.root = byId("figure");
     this.kind = "MAL";
+    this.own = null; // of the model that was on the page when the view was opened last
     this.stage = 0;
     this.playing = motion();
     this.visible = false;
@@ -223,7 +225,8 @@ export class Figure {
 
   layOut() {
     const figure = FIGURES[this.kind];
-    this.about.textContent = `${figure.name}. ${figure.about}`;
+    const own = this.kind === this.own ? " The model on this page is of this kind." : "";
+    this.about.textContent = `${figure.name}. ${figure.about}${own}`;
     const left = Math.min(...Object.values(figure.boxes).map(([x]) => x));
     const right = Math.max(...Object.values(figure.boxes).map(([x, , wide]) => x + wide));
     const height = Math.max(...Object.values(figure.boxes).map(([, y, , tall]) => y + tall)) + 22;
@@ -319,6 +322,13 @@ export class Figure {
 
   /** The view was opened or left. */
   shown(visible) {
+    const own = studio.info && studio.model.variant.toUpperCase();
+    if (visible && own !== this.own) {
+      this.own = own;
+      if (own in FIGURES) this.kind = own;
+      this.stage = 0;
+      this.build();
+    }
     this.visible = visible;
     this.started = performance.now();
     this.run();

@@ -6,6 +6,7 @@ import { api, studio } from "./studio.js";
 
 const OWN = "own";
 const NEXT = "";
+const FIELD = 100000; // characters that are shown in the field; more are kept beside it
 const CHARTS_EVERY = 100; // milliseconds
 const PATIENCE = 400; // milliseconds before the page says that it reads a memory's past
 
@@ -21,10 +22,19 @@ export class Reader {
       () => this.drawn(),
     );
     this.choice.addEventListener("change", () => this.preview());
-    this.own.addEventListener("input", () => this.preview());
+    this.own.addEventListener("paste", (event) => {
+      const words = event.clipboardData.getData("text/plain");
+      if (words.length <= FIELD) return;
+      event.preventDefault(); // laying that much out in the field takes seconds
+      this.take(new File([words], "What was pasted"));
+    });
+    this.own.addEventListener("input", () => {
+      this.file = null; // what is typed last counts
+      this.preview();
+    });
     byId("read").addEventListener("click", () => this.read());
     byId("hurry").addEventListener("click", () => this.player.hurry());
-    byId("stop").addEventListener("click", () => this.stop());
+    byId("stop").addEventListener("click", () => this.stopReading());
     byId("stop-past").addEventListener("click", () => this.stop());
     studio.addEventListener("busy", () => {
       this.choice.disabled = studio.busy;
@@ -74,18 +84,22 @@ export class Reader {
 
   async take(file) {
     if (!file) return;
-    await studio
-      .attempt(async () => {
-        const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
-        this.choice.value = OWN;
-        this.own.value = text.length > 100000 ? "" : text;
-        this.file = text.length > 100000 ? text : null;
-        this.own.placeholder = this.file
-          ? `${file.name}, ${bytes(file.size)}, is ready to be read.`
-          : "";
-        this.preview();
-      })
-      .catch(() => {});
+    await studio.attempt(async () => {
+      const content = await file.arrayBuffer();
+      let text;
+      try {
+        text = new TextDecoder("utf-8", { fatal: true }).decode(content);
+      } catch {
+        throw new Error(`${file.name} is not a text in UTF-8.`);
+      }
+      this.choice.value = OWN;
+      this.own.value = text.length > FIELD ? "" : text;
+      this.file = text.length > FIELD ? text : null;
+      this.own.placeholder = this.file
+        ? `${file.name}, ${bytes(file.size)}, is ready to be read.`
+        : "";
+      this.preview();
+    });
   }
 
   acceptDrops(element) {
@@ -96,9 +110,12 @@ export class Reader {
     });
     element.addEventListener("dragleave", () => card.classList.remove("dropping"));
     element.addEventListener("drop", (event) => {
-      event.preventDefault();
       card.classList.remove("dropping");
-      this.take(event.dataTransfer.files[0]);
+      const [file] = event.dataTransfer.files;
+      if (!file && event.target.closest("input, textarea")) return; // words go into the field
+      event.preventDefault();
+      const words = event.dataTransfer.getData("text/plain");
+      this.take(file ?? (words && new File([words], "What was dropped")));
     });
   }
 
@@ -117,7 +134,7 @@ export class Reader {
         if (this.controller === controller && error.status !== 404) await this.show(studio.session);
         throw error;
       }
-      this.choice.value = NEXT;
+      if (!this.stopped) this.choice.value = NEXT;
       announce(`Read. ${plural(studio.session.tokens_read, "token")} in all.`);
       // Something else had let it read, or a past could not be shown: begin anew.
       const { first, length } = studio.log;
@@ -158,6 +175,7 @@ export class Reader {
 
   begin(text) {
     studio.setBusy("reading", true);
+    this.stopped = false;
     this.unread = text;
     this.taken = studio.log.length; // tokens of the log that are accounted for
     this.seen = 0; // characters of this text that were read
@@ -206,6 +224,16 @@ export class Reader {
   stop() {
     this.controller.abort();
     this.player.stop();
+  }
+
+  /** The server ends the reading, and all that it has read arrives; where it does not know of it
+   * yet, or does not answer, the page turns away. */
+  async stopReading() {
+    const { controller } = this;
+    this.player.hurry();
+    this.stopped = true;
+    const { stopped } = await api.stop(studio.session?.id).catch(() => ({}));
+    if (!stopped && this.controller === controller && this.unread) this.stop();
   }
 
   end() {

@@ -52,7 +52,8 @@ class Studio extends EventTarget {
 
   /** Show that something went wrong; the message is a whole sentence. */
   fail(error) {
-    if (error.name === "AbortError" || this.closed(error)) return;
+    const wanted = error.name === "AbortError" || error.code === "stopped";
+    if (wanted || this.closed(error)) return;
     this.say(error.message);
   }
 
