@@ -258,7 +258,8 @@ def test_bench_memory_and_its_report(capsys, tmp_path, monkeypatch) -> None:
     assert reading["length"] == len(text.read_text())
     assert result["settings"]["text"] == "book.txt"
     for line in (at_hand, from_file, command, again):
-        assert line["note"] == "2 of 2 answers right", line
+        # One, where a first call takes so long that it counts.
+        assert line["note"] in ("2 of 2 answers right", "1 of 1 answers right"), line
     assert at_hand["seconds"] < again["seconds"]
     result |= {"command": "titans bench memory", "seconds": 1}
     report = script("run").write_report({"memory": result}, tmp_path, tmp_path)
