@@ -3,13 +3,13 @@
     python results/adapt/run.py [--runs FOLDER] [--workers 2] [--seeds 0 1] [--table-only]
 
 The base is a `LlamaForCausalLM` with random weights, trained as such on rows of at most 128
-tokens of key-value pairs in noise (`titans.data.pairs`). Then `titans.adapt` gives it memories, and
-these alone, or all weights, are trained. Writes results.json and README.md beside this file.
-Weights are kept in --runs; a finished training or measurement is not repeated.
+tokens: key-value pairs in noise (`titans.data.pairs`), and random tokens of which a quarter comes
+again, without which it stays at guessing among a row's values. Then `titans.adapt` gives it
+memories, and these alone, or all weights, are trained. Writes results.json and README.md beside
+this file. Weights are kept in --runs; a finished training or measurement is not repeated.
 """
 
 import argparse
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
 
 HERE = Path(__file__).parent
 PAIRS, WINDOW, POSITIONS, TOKENS = 4, 64, 128, 4096
-BASE_STEPS, BASE_RATE = 1200, 3e-3
-STEPS, RATE, WRITE_COST = 400, 3e-3, 0.02
+BASE_STEPS, BASE_RATE = 1800, 3e-3
+STEPS, RATE, WRITE_COST = 600, 3e-3, 0.02
 LENGTHS = (64, 128, 256, 1024, 4096, 16384, 65536)
 MEMORY = MemoryConfig(heads=2, key_init="previous")
 # Name in the table: style, and whether the base is frozen; None is the base itself.
@@ -66,16 +66,40 @@ def rows_of(step: int, seed: int, length: int, pairs: int) -> PairBatch:
     return task.batch(0)
 
 
+def repeats(step: int, seed: int, length: int) -> PairBatch:
+    """Random tokens, of which a quarter of the row's length comes twice; to say again is asked."""
+    generator = torch.Generator().manual_seed(10**5 * seed + step)
+    rows, part = TOKENS // length, length // 4
+
+    def places(first: int, last: int) -> torch.Tensor:
+        begin = torch.randint(first, last - part + 1, (rows, 1), generator=generator)
+        return begin + torch.arange(part)
+
+    tokens = torch.randint(0, VOCABULARY - 1, (rows, length), generator=generator)
+    labels = torch.full_like(tokens, IGNORED)
+    row = torch.arange(rows)[:, None]
+    once, again = places(0, length // 2), places(length // 2, length)
+    tokens[row, again] = tokens[row, once]
+    labels[row, again[:, :-1]] = tokens[row, again[:, 1:]]
+    return PairBatch(tokens, labels)
+
+
 def train_base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     """Train the Llama on rows that its positions reach, and save it."""
     torch.set_num_threads(1)
     model, begin, curve = new_base(job["seed"]), time.perf_counter(), []
-    optimizer = torch.optim.AdamW(model.parameters(), BASE_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), BASE_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
     for step in range(BASE_STEPS):
-        warm, cosine = min(1.0, step / 100), 0.5 + 0.5 * math.cos(math.pi * step / BASE_STEPS)
-        optimizer.param_groups[0]["lr"] = BASE_RATE * warm * cosine
-        length = ((18, 24, 32) if step < BASE_STEPS // 2 else (32, 64, POSITIONS))[step % 3]
-        tokens, labels = rows_of(step, job["seed"], length, PAIRS)
+        left = 1 - step / BASE_STEPS
+        optimizer.param_groups[0]["lr"] = BASE_RATE * min(1.0, step / 100, 3 * left)
+        late = left < 1 / 3
+        if step % 2 == 0:
+            tokens, labels = repeats(step, job["seed"], (16, 32, 64)[step % 3])
+        else:
+            length = ((32, 64, POSITIONS) if late else (18, 24, 32))[step % 3]
+            tokens, labels = rows_of(step, job["seed"], length, PAIRS)
         logits = model(tokens, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -115,7 +139,8 @@ def train_adapter(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     begin, curve = time.perf_counter(), []
 
     def batch(step: int) -> PairBatch:
-        length = 64 if step < STEPS // 2 else (128, 256, 1024)[step % 3]
+        # Rows that fit into the window would teach a memory nothing.
+        length = ((96, 128, 192) if step < STEPS // 2 else (128, 256, 1024))[step % 3]
         return rows_of(step, 1000 + job["seed"], length, PAIRS + 4 * (step % 2))
 
     def watch(*point: float) -> None:

@@ -14,7 +14,7 @@ from launch import launch
 from titans.config import MemoryConfig, TitansConfig
 from titans.models import lm
 from titans.train.batches import open_data
-from titans.train.checkpoint import Training, latest, optimizer_tensors
+from titans.train.checkpoint import Training, latest, missing_file, optimizer_tensors
 from titans.train.config import (
     DataConfig,
     DistributedConfig,
@@ -278,6 +278,13 @@ def test_what_processes_held_parts_of_is_read_whole(tmp_path: Path) -> None:
     assert checkpoint is not None
     model = lm.load(checkpoint / "model.safetensors")
     assert all(torch.equal(p, want[name]) for name, p in model.named_parameters())
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert len(files) == 9  # four shards and what is in them, the memories of two replicas
+    for path in files:
+        away = path.rename(tmp_path / "away")
+        assert missing_file(checkpoint) == path
+        away.rename(path)
+    assert missing_file(checkpoint) is None
 
 
 def test_config_says_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -495,7 +495,7 @@ def test_a_model_that_is_not_there(tmp_path, model_file) -> None:
 
 
 def test_what_extra_routes_get(c) -> None:
-    """`run`, `hold`, `reread` and `rewrite`, as the page uses them."""
+    """`hold`, `past`, `reread` and `rewrite`, as the page uses them."""
     import numpy as np
 
     from titans.serve.reading import reread, rewrite
@@ -506,13 +506,13 @@ def test_what_extra_routes_get(c) -> None:
 
     async def edit():
         async with store.hold(session) as held:
-            tokens = await store.run(session, lambda model, s: s.tokens().tolist())
+            tokens, _ = await store.past(held)
             new = await reread(store.engine, store.model_of(held), np.array([97, 99]), None)
             await rewrite(store, held, np.array([97, 99]), new)
         return tokens, held
 
     tokens, after = c.portal.call(edit)
-    assert tokens == [97, 98, 99]
+    assert tokens.tolist() == [97, 98, 99]
     assert after.tokens().tolist() == [97, 99]
     other = create(c)
     read(c, other, "ac")
@@ -522,7 +522,7 @@ def test_what_extra_routes_get(c) -> None:
     assert json.loads((after.folder.path / session / "session.json").read_text())["logged"] == 2
 
     async def fail():
-        await store.run(session, lambda model, s: 1 / 0)
+        await store.engine.call(lambda: 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         c.portal.call(fail)

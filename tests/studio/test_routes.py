@@ -7,12 +7,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from starlette.testclient import TestClient
 
+from titans import TitansConfig, TitansLM
 from titans.demo import asset
 from titans.generate import Sampling, generate
-from titans.inspect import distance, explain, moved, probe, recall, watch
+from titans.inspect import distance, explain, moved, probe, recall, recall_curve, replay, watch
 from titans.models.lm import load
+from titans.serve import ServeSettings, create_app
 from titans.state import ModelState
+from titans.studio import views
+from titans.studio.routes import ROUTES
 
 TEXT = {"content-type": "text/plain; charset=utf-8"}
 
@@ -45,6 +50,11 @@ def reader(c, short):
 def session(c, reader):
     """A fork of it, for one test."""
     return c.post("/v1/sessions", json={"fork": reader}).json()["id"]
+
+
+def client_of(folder, **changes):
+    app = create_app(ServeSettings(folder=folder, **changes), ROUTES)
+    return TestClient(app, base_url="http://127.0.0.1:8321")
 
 
 def ids(text: str) -> list[int]:
@@ -148,6 +158,48 @@ def test_a_probe_is_the_librarys_then_and_now(c, session, short, model, tmp_path
     assert seen["positions"][0] == index + 1
     assert seen["positions"][-1] == all_tokens.shape[1]
     assert max(head["then"] for memory in seen["memories"] for head in memory) > 0.99
+
+
+def test_a_probe_is_computed_in_few_pieces(c, session, short, model):
+    """Each piece waits for its turn, so on a busy machine their number is what counts."""
+    all_tokens, index = tokens(short), 300
+    before = c.app.state.metrics.batches
+    seen = c.post(f"/studio/sessions/{session}/probe", json={"index": index}).json()
+    assert c.app.state.metrics.batches - before <= views.CURVE_POINTS + 2
+    rest = all_tokens[:, index + 1 :]
+    size = views.curve_piece(rest.shape[1])
+    state = replay(model, all_tokens[:, : index + 1])
+    pair = probe(model, None, all_tokens, index)
+    curve = list(recall_curve(model, state, pair, rest, piece=size))
+    assert seen["positions"] == [position for position, _ in curve]
+    drawn = torch.tensor([[head["curve"] for head in memory] for memory in seen["memories"]])
+    expected = torch.stack([found.cosine[0] for _, found in curve], -1)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(0, 16), (1024, 16), (1025, 17), (131_072, 2048), (10_000_000, 2048)]
+)
+def test_points_of_a_curve_are_neither_too_near_nor_too_far(length, size):
+    assert views.curve_piece(length) == size
+
+
+def test_a_past_is_not_told_by_another_model(tmp_path):
+    """The server was started with another one under the same name."""
+    folder, path = tmp_path / "sessions", tmp_path / "other.safetensors"
+    TitansLM(TitansConfig(variant="lmm", vocab_size=257, dim=8, layers=1, heads=1)).save(path)
+    with client_of(folder) as first:
+        id = first.post("/v1/sessions", json={}).json()["id"]
+        first.post(f"/v1/sessions/{id}/read", content=b"some words", headers=TEXT)
+    with client_of(folder, models={"demo": path}) as second:
+        answers = [
+            second.get(f"/studio/sessions/{id}/history"),
+            second.post(f"/studio/sessions/{id}/probe", json={"index": 3}),
+            second.post("/studio/explain", json={"session": id, "index": 3}),
+        ]
+        for answer in answers:
+            assert answer.status_code == 409
+            assert "another model" in answer.json()["error"]["message"]
 
 
 def test_erasing_takes_one_fact_and_leaves_the_others(c, session, short, model, tmp_path):

@@ -137,8 +137,9 @@ class Store:
                 if session.record is record:
                     return content
 
-    def past(self, session: Session) -> tuple[np.ndarray, ModelState | None]:
+    async def past(self, session: Session) -> tuple[np.ndarray, ModelState | None]:
         """The tokens it has read as of its last commit, (n,) int64, and the state before them."""
+        await self.state(session)  # 409 where another model has its model's name by now
         try:
             return np.array(session.tokens(), dtype=np.int64), session.origin()
         except (OSError, ValueError) as error:
@@ -179,12 +180,6 @@ class Store:
         finally:
             session.holder = session.stop = None
             session.lock.release()
-
-    async def run(self, id: str, function: Callable[[TitansLM, Session], T]) -> T:
-        """`function(model, session)` on the engine's thread; the session is loaded and held."""
-        async with self.hold(id) as session:
-            session.state = await self.state(session)
-            return await self.engine.call(lambda: function(self.model_of(session), session))
 
     async def commit(
         self,

@@ -74,8 +74,8 @@ async def history(request: Request) -> Response:
     """
     store = store_of(request)
     async with store.hold(request.path_params["id"]) as session:  # what is being read counts
-        model = store.model_of(session)
-        (tokens, origin), described = store.past(session), describe_session(session)
+        model, (tokens, origin) = store.model_of(session), await store.past(session)
+        described = describe_session(session)
 
     async def produce(emit: Emit) -> None:
         skipped = max(0, len(tokens) - SHOWN)
@@ -103,7 +103,7 @@ async def compare_ask(request: Request) -> Response:
     fields.finish()
     ids = check_prompt(store, store.tokenizer.encode(prompt))
     model, state = store.model_of(session), await store.state(session)
-    tokens, _ = store.past(session)
+    tokens, _ = await store.past(session)
 
     async def without_memory(reader: TitansLM | None) -> views.Answer:
         """Of a reader that never wrote: only the last tokens that can matter are read."""
@@ -135,7 +135,7 @@ async def probe(request: Request) -> Response:
     index = required(fields, "index")
     fields.finish()
     session = store.find(request.path_params["id"])
-    model, (tokens, origin) = store.model_of(session), store.past(session)
+    model, (tokens, origin) = store.model_of(session), await store.past(session)
     check_index(index, tokens)
 
     async def look() -> views.Probed:
@@ -145,11 +145,9 @@ async def probe(request: Request) -> Response:
             lambda: views.Probed(model, before, token, index)
         )
         rest = tokens[index + 1 :]
-        size = max(16, -(-len(rest) // views.CURVE_POINTS))
+        size = views.curve_piece(len(rest))
         for start in range(0, len(rest), size):
-            piece = rest[start : start + size]
-            after = (await reread(store.engine, model, piece, seen.state)).state
-            await store.engine.call(partial(seen.add, after))
+            await store.engine.call(partial(seen.read, rest[start : start + size]))
         return seen
 
     return JSON((await while_wanted(request, look())).as_json())
@@ -170,7 +168,7 @@ async def erase(request: Request) -> Response:
 
     async def read_again(session: Session) -> tuple[np.ndarray, Reread, dict[str, Any]]:
         """The edited text, the memory of it, and what changed."""
-        tokens, origin = store.past(session)
+        tokens, origin = await store.past(session)
         if expected not in (None, session.record.tokens_read):
             raise ApiError(409, "the memory has read on since; nothing was erased", "stale")
         if not 0 <= passage[0] < passage[1] <= len(tokens):
@@ -251,7 +249,7 @@ async def explain(request: Request) -> Response:
         return JSON(await store.engine.call(work))
 
     session = store.find(id)
-    model, (tokens, origin) = store.model_of(session), store.past(session)
+    model, (tokens, origin) = store.model_of(session), await store.past(session)
     check_index(index, tokens)
     start = max(0, index - EXPLAINED_BEFORE)
     again = reread(store.engine, model, tokens[:start], origin)

@@ -26,7 +26,8 @@ from titans.models.lm import TitansLM
 from titans.serve.reading import plain
 from titans.state import ModelState
 
-CURVE_POINTS = 200  # of a recall curve
+CURVE_POINTS = 64  # of a recall curve, as far as the tokens between two of them are
+CURVE_PIECE = (16, 2048)  # at least and at most so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,14 @@ def last(tokens: np.ndarray, count: int) -> np.ndarray:
     return np.array(tokens[max(0, len(tokens) - count) :])
 
 
+def curve_piece(length: int) -> int:
+    """Tokens between two points of a recall curve over `length`; each piece is read in one go."""
+    least, most = CURVE_PIECE
+    return min(max(least, -(-length // CURVE_POINTS)), most)
+
+
 class Probed:
-    """Recall of one token, from just after it on: `add` the states as more is read."""
+    """Recall of one token, from just after it on, as more is read."""
 
     def __init__(self, model: TitansLM, before: ModelState, token: int, index: int) -> None:
         one = torch.tensor([[token]])
@@ -86,12 +93,14 @@ class Probed:
         self.pair = probe(model, before, one, 0)
         self.positions: list[int] = []
         self.cosines: list[Tensor] = []
-        self.add(replay(model, one, state=before))
+        self.state = before
+        self.read(np.array([token]))
 
-    def add(self, state: ModelState) -> None:
-        self.state = state
-        self.positions.append(state.position)
-        self.cosines.append(recall(self.model, state, self.pair).cosine[0])
+    def read(self, tokens: np.ndarray) -> None:
+        """Read on, (n,) token ids, and look again."""
+        self.state = replay(self.model, tokens, state=self.state)
+        self.positions.append(self.state.position)
+        self.cosines.append(recall(self.model, self.state, self.pair).cosine[0])
 
     def as_json(self) -> dict[str, Any]:
         """Per memory and head: theta with which it was written, cosine `then` and `now`, and a

@@ -231,7 +231,8 @@ def missing_file(folder: Path) -> Path | None:
     """The first file that a checkpoint lacks."""
     names = [INDEX, MODEL]
     if (folder / INDEX).is_file() and is_sharded(folder):
-        names.append(f"{SHARDS}/.metadata")
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names += [f"{SHARDS}/.metadata", *index.get("files", ())]
     elif (folder / INDEX).is_file():
         count = read_index(folder / INDEX)["memories"]
         names += [OPTIMIZER, *(f"memory-{number}.safetensors" for number in range(count))]

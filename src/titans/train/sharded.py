@@ -5,7 +5,7 @@ shards/                        weights and moments, by torch.distributed.checkpo
                                `optimizer/name/key`
 memory-000000-000004.safetensors   what these rows of the batch remember
 model.safetensors              the whole model once more, for `titans.load`
-training.json                  step, rows; the last file to be written
+training.json                  step, rows, the other files; the last to be written
 """
 
 import re
@@ -59,13 +59,19 @@ def save_sharded(
             memory.save(scratch / f"memory-{begin:06d}-{end:06d}.safetensors")
     export(training.model, scratch / MODEL, here)
     here.barrier()
-    index = {
-        "format": FORMAT,
-        "version": SHARDED_VERSION,
-        "step": training.step,
-        "memories": rows if training.memories else 0,
-    }
-    return Path(here.on_first(lambda: str(publish(scratch, index, keep))))
+
+    def complete() -> str:
+        files = [str(f.relative_to(scratch)) for f in scratch.rglob("*") if f.is_file()]
+        index = {
+            "format": FORMAT,
+            "version": SHARDED_VERSION,
+            "step": training.step,
+            "memories": rows if training.memories else 0,
+            "files": sorted(files),
+        }
+        return str(publish(scratch, index, keep))
+
+    return Path(here.on_first(complete))
 
 
 def export(model: TitansLM, path: Path, here: Processes) -> None:

@@ -61,7 +61,7 @@ def visit(page, url: str) -> None:
     page.wait_for_selector(".bars")
     for side in "ab":
         page.click(f"[data-side={side}] >> text=Let it read")
-        page.wait_for_selector(f"[data-side={side}] button:not([disabled])")
+        page.wait_for_selector(f"[data-side={side}] >> text=Let it read")
         page.wait_for_timeout(500)
     page.click("text=Ask both")
     for side in "ab":

@@ -210,6 +210,60 @@ def test_a_long_past_does_not_hold_up_the_page(open_page, server):
     page.wait_for_selector("#token .suggestion")
 
 
+def compare_two(page) -> None:
+    """Two new memories, side by side."""
+    page.click("nav >> text=Memories")
+    for count in range(2):
+        page.click("#fresh")
+        page.wait_for_selector(f".memory >> nth={count}")
+    page.click("button:text-is('Compare') >> nth=0")
+    page.wait_for_selector(".bars")
+
+
+def test_a_reading_in_a_comparison_can_be_stopped(open_page, server):
+    """What was read counts, and the other memory can be chosen anew meanwhile."""
+    page = open_page(server.url)
+    compare_two(page)
+    page.select_option("[data-side=a] select >> nth=1", "own")
+    page.fill("[data-side=a] textarea", "some words of a long text\n" * 8000)
+    page.click("[data-side=a] >> text=Let it read")
+    status = page.locator("[data-side=a] [role=status]")
+    driver.until(page, "/^[1-9].* tokens …/.test(document.querySelector('[data-side=a] p').innerText)")
+    a = page.locator("[data-side=a] select >> nth=0")
+    assert a.is_disabled()
+    b = page.locator("[data-side=b] select >> nth=0")
+    b.select_option(a.input_value())
+    assert page.locator("[data-side=a] >> text=Stop").is_visible()
+    page.click("[data-side=a] >> text=Stop")
+    page.wait_for_selector("[data-side=a] >> text=Let it read")
+    read = max(session["tokens_read"] for session in server.sessions())
+    assert 0 < read < 8000 * 26
+    assert status.inner_text() == f"{read:,} tokens read"
+    assert a.is_enabled()
+
+
+def test_a_reading_in_a_comparison_that_fails_says_so(open_page, server):
+    open_page.expected.append("507")
+    page = open_page(server.url)
+    compare_two(page)
+    refusal = {"error": {"message": "there is no room", "type": "storage_error", "code": None}}
+    page.route("**/read?*", lambda route: route.fulfill(status=507, json=refusal))
+    page.click("[data-side=a] >> text=Let it read")
+    assert told(page) == "There is no room."
+    page.wait_for_selector("[data-side=a] >> text=Let it read")
+    page.wait_for_timeout(500)  # the list of memories is fetched again
+    assert told(page) == "There is no room."
+    # Closed while one reads, it ends in silence.
+    page.unroute("**/read?*")
+    held = hold(page, "**/read?*")
+    page.click("[data-side=b] >> text=Let it read")
+    wait_for(page, held)
+    page.click("#comparison >> text=Close")
+    page.wait_for_timeout(300)
+    assert page.locator("#failure").is_hidden()
+    assert page.locator("#comparison").inner_text() == ""
+
+
 # What a hand would do: the event, and whether the page took it.
 DROP = """([text, file, target]) => {
     const data = new DataTransfer();

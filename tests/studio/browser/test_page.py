@@ -197,7 +197,7 @@ def test_two_forks_read_different_endings(open_page, server, shot, short):
     assert set(page.locator(".bars .n").all_inner_texts()) == {"0"}
     for side in "ab":
         page.click(f"[data-side={side}] >> text=Let it read")
-        page.wait_for_selector(f"[data-side={side}] button:not([disabled])")
+        page.wait_for_selector(f"[data-side={side}] >> text=Let it read")
     page.click("text=Ask both")
     page.wait_for_selector("[data-side=b] .answer")
     page.wait_for_selector("[data-side=a] .answer")

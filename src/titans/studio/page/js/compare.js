@@ -9,10 +9,13 @@ export class Comparison {
     this.changed = changed;
     this.root = byId("comparison");
     this.pair = null;
+    this.readings = new Set(); // AbortControllers
   }
 
+  /** Close it; what its memories are reading ends with what they have read. */
   clear() {
     this.pair = null;
+    for (const reading of this.readings) reading.abort();
     this.root.replaceChildren();
   }
 
@@ -21,6 +24,7 @@ export class Comparison {
   }
 
   async show(left, right, choices) {
+    this.clear();
     this.pair = [left, right];
     this.choices = choices;
     this.build();
@@ -95,7 +99,8 @@ export class Comparison {
     }
     choose.addEventListener("change", () => {
       this.pair[index] = this.choices.find((other) => other.id === choose.value);
-      this.build();
+      status.textContent = told(this.pair[index]);
+      answer.replaceChildren();
       this.measure();
     });
     const text = h("select", { "aria-label": `Text for memory ${label}` });
@@ -110,16 +115,13 @@ export class Comparison {
       hidden: true,
     });
     text.addEventListener("change", () => (own.hidden = text.value !== "own"));
-    const button = h("button", { type: "button" }, "Let it read");
-    const status = h(
-      "p",
-      { class: "help", role: "status" },
-      `${plural(session.tokens_read, "token")} read`,
-    );
+    const start = h("button", { type: "button" }, "Let it read");
+    const stop = h("button", { type: "button", hidden: true }, "Stop");
+    const status = h("p", { class: "help", role: "status" }, told(session));
     const answer = h("div", { class: "both-answer", "aria-live": "polite" });
-    button.addEventListener("click", () => {
+    start.addEventListener("click", () => {
       const chosen = studio.texts.find((builtIn) => builtIn.id === text.value);
-      this.readOn(index, chosen?.text ?? own.value, button, status);
+      this.readOn(index, chosen?.text ?? own.value, { choose, start, stop, status });
     });
     const element = h(
       "div",
@@ -130,7 +132,8 @@ export class Comparison {
         "div",
         { class: "row" },
         h("label", { class: "field grow" }, h("span", {}, "Reads on with"), text),
-        button,
+        start,
+        stop,
       ),
       own,
       answer,
@@ -138,34 +141,57 @@ export class Comparison {
     return { element, answer };
   }
 
-  async readOn(index, text, button, status) {
+  /** What was read counts, however it ends. */
+  async readOn(index, text, { choose, start, stop, status }) {
     if (!text) return;
-    button.disabled = true;
+    const { pair } = this; // another may be compared before the end
+    const { id } = pair[index];
+    const reading = new AbortController();
+    const running = (yes) => {
+      this.readings[yes ? "add" : "delete"](reading);
+      const [shown, gone] = yes ? [stop, start] : [start, stop];
+      const focused = document.activeElement === gone;
+      choose.disabled = yes;
+      [shown.hidden, gone.hidden] = [false, true];
+      if (focused) shown.focus();
+    };
+    stop.onclick = async () => {
+      const { stopped } = await api.stop(id).catch(() => ({}));
+      if (!stopped) reading.abort(); // before the server knew of it
+    };
+    running(true);
     status.textContent = "Reading …";
     await studio.attempt(async () => {
-      for await (const { event, data } of api.read(this.pair[index].id, text)) {
-        if (event === "done") this.pair[index] = data;
-        else status.textContent = `${count(data.start + data.text.length)} tokens …`;
-      }
-      if (this.pair[index].id === studio.session?.id) {
-        studio.tell("stale");
-        studio.setSession(this.pair[index]);
+      try {
+        for await (const { event, data } of api.read(id, text, reading.signal)) {
+          if (event === "done") pair[index] = data;
+          else status.textContent = `${count(data.start + data.text.length)} tokens …`;
+        }
+      } catch (error) {
+        pair[index] = await api.session(id).catch(() => pair[index]);
+        throw error;
+      } finally {
+        running(false);
+        status.textContent = told(pair[index]);
+        if (id === studio.session?.id) {
+          studio.tell("stale");
+          studio.setSession(pair[index]);
+        }
+        if (this.pair === pair) await this.measure();
+        await this.changed();
       }
     });
-    status.textContent = `${plural(this.pair[index].tokens_read, "token")} read`;
-    button.disabled = false;
-    await this.measure();
-    this.changed();
   }
 
   async measure() {
-    const [a, b] = this.pair;
-    try {
-      const { distance } = await api.compare(a.id, b.id);
-      this.distances.replaceChildren(bars(distance));
-    } catch (error) {
-      this.distances.replaceChildren(h("p", { class: "notice bad", role: "alert" }, error.message));
-    }
+    const { pair } = this;
+    const [a, b] = pair;
+    const shown = await api.compare(a.id, b.id).then(
+      ({ distance }) => bars(distance),
+      (error) => h("p", { class: "notice bad", role: "alert" }, error.message),
+    );
+    const asked = this.pair === pair && pair[0] === a && pair[1] === b; // still
+    if (asked) this.distances.replaceChildren(shown);
   }
 
   async askBoth(prompt) {
@@ -200,6 +226,8 @@ export class Comparison {
     );
   }
 }
+
+const told = (session) => `${plural(session.tokens_read, "token")} read`;
 
 function bars(distance) {
   const all = distance.flat();

@@ -182,6 +182,7 @@ export class Memories {
   reset(session) {
     return studio.attempt(async () => {
       const fresh = await api.reset(session.id);
+      this.comparison.drop(session.id);
       if (fresh.id === studio.session?.id) await this.open(fresh);
       await this.refresh();
     });
