@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from served import BASE, EVENTS, MEMORY, TEXT, application, client, create, message, read
 
+from titans.serve.folder import Folder
 from titans.serve.openapi import description
 
 
@@ -44,12 +45,37 @@ def test_as_many_sessions_as_may_be(tmp_path, model_file) -> None:
             c.post("/v1/sessions", json={"fork": first}),
             c.post("/v1/sessions", content=content, headers=MEMORY),
         ):
-            assert "there are 2 sessions" in message(answer, 429)
+            assert "as many sessions as may be, 2" in message(answer, 429)
             assert answer.json()["error"]["code"] == "too_many_sessions"
             assert answer.headers["retry-after"] == "1"
         assert read(c, first, "goes on").status_code == 200
         c.delete(f"/v1/sessions/{first}")
         create(c)
+
+
+def test_a_session_is_found_when_it_is_on_the_disk(tmp_path, model_file, monkeypatch) -> None:
+    """Until then it only counts: what is listed can be forked, asked and saved."""
+    begun, may_end = threading.Event(), threading.Event()
+    create_really = Folder.create
+
+    def slowly(*arguments, **named):
+        begun.set()
+        assert may_end.wait(20)
+        return create_really(*arguments, **named)
+
+    with client(tmp_path / "s", model_file, sessions=1) as c:
+        monkeypatch.setattr(Folder, "create", slowly)
+        thread = threading.Thread(target=create, args=(c,))
+        thread.start()
+        assert begun.wait(20)
+        try:
+            assert c.get("/v1/sessions").json()["sessions"] == []
+            assert "as many sessions" in message(c.post("/v1/sessions", json={}), 429)
+        finally:
+            may_end.set()
+            thread.join()
+        (session,) = c.get("/v1/sessions").json()["sessions"]
+        assert read(c, session["id"], "abc").status_code == 200
 
 
 def test_no_room_on_the_disk(tmp_path, model_file) -> None:

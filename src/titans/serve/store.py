@@ -76,6 +76,7 @@ class Store:
         with torch.no_grad():
             self.initial = {name: model.init_state(1).fork() for name, model in models.items()}
         self.sessions = {r.id: Session(record=r, folder=folder) for r in folder.recover()}
+        self.coming = 0  # sessions that are being written for the first time
 
     def find(self, id: str) -> Session:
         session = self.sessions.get(id) if ID.fullmatch(id) else None
@@ -299,20 +300,21 @@ class Store:
         origin: Path | None = None,
         tokens: Path | None = None,
     ) -> Session:
-        if len(self.sessions) >= self.settings.sessions:
-            message = f"there are as many sessions as may be, {len(self.sessions)}"
-            raise ApiError(429, message, "too_many_sessions")
+        most = self.settings.sessions
+        if len(self.sessions) + self.coming >= most:
+            raise ApiError(
+                429, f"there are as many sessions as may be, {most}", "too_many_sessions"
+            )
         held = state if isinstance(state, ModelState) else None
         session = Session(record=record, folder=self.folder, state=held)
-        self.sessions[record.id] = session  # it counts at once, and is held until it exists
+        self.coming += 1  # it counts at once, and can be found when it is on the disk
 
         async def add() -> None:
             try:
-                async with session.lock:
-                    await asyncio.to_thread(self.folder.create, record, state, origin, tokens)
-            except BaseException:
-                del self.sessions[record.id]
-                raise
+                await asyncio.to_thread(self.folder.create, record, state, origin, tokens)
+                self.sessions[record.id] = session
+            finally:
+                self.coming -= 1
 
         await unbroken(add())
         return session
