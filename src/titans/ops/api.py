@@ -279,7 +279,8 @@ def automatic(
         try:
             compiled(dtype)
         except BuildError as error:
-            log.warning("the compiled memory is not to be had, a slower form runs: %s", error)
+            said = "the compiled memory is not to be had, a slower form runs: %s"
+            log.log(error.level, said, error)
             reason = "a C compiler"
     form = "native" if reason is None else "exact" if exact else "chunked"
     why = "" if reason is None else f" (native needs {reason})"

@@ -119,8 +119,7 @@ def is_built(dtype: torch.dtype) -> bool:
     try:
         compiled(dtype)
     except BuildError as error:
-        logging.getLogger("titans").warning(
-            "convolution and norms are not compiled, slower ones run: %s", error
-        )
+        said = "convolution and norms are not compiled, slower ones run: %s"
+        logging.getLogger("titans").log(error.level, said, error)
         return False
     return True

@@ -8,6 +8,7 @@ beside it: a damaged library is built again.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -27,6 +28,14 @@ REALS = {torch.float32: ("float", ()), torch.float64: ("double", ("-DREAL_IS_DOU
 class BuildError(RuntimeError):
     """There is no compiler, or it failed; the message is one line."""
 
+    level = logging.WARNING  # of saying that a slower form runs
+
+
+class NoSourcesError(BuildError):
+    """The package is here without its C files, as in a model's folder that brings its code."""
+
+    level = logging.INFO
+
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
@@ -42,6 +51,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 def load_or_build(real: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     here = Path(__file__).parent
+    if not (here / SOURCES[0]).exists():
+        raise NoSourcesError("this copy of titans is without its C files")
     flags = [*FLAGS, tune_flag(), f"-DREAL={real}", *defines]
     identity = hashlib.sha256()
     for part in (*flags, processor()):
