@@ -253,13 +253,14 @@ def test_bench_memory_and_its_report(capsys, tmp_path, monkeypatch) -> None:
     text = tmp_path / "book.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)
     small = ("--facts", 2, "--repeats", 1, "--out", tmp_path)
+    # On a machine under load a first call may take so long that it counts, and is the only one.
+    monkeypatch.setattr(measure, "LONG_CALL_S", float("inf"))
     result = bench(capsys, "memory", "--text", text, *small)
     reading, at_hand, from_file, command, again = result["rows"]
     assert reading["length"] == len(text.read_text())
     assert result["settings"]["text"] == "book.txt"
     for line in (at_hand, from_file, command, again):
-        # One, where a first call takes so long that it counts.
-        assert line["note"] in ("2 of 2 answers right", "1 of 1 answers right"), line
+        assert line["note"] == "2 of 2 answers right", line
     assert at_hand["seconds"] < again["seconds"]
     result |= {"command": "titans bench memory", "seconds": 1}
     report = script("run").write_report({"memory": result}, tmp_path, tmp_path)

@@ -28,7 +28,13 @@ from titans.train.processes import processes, spread
 from titans.train.sharded import save_sharded
 
 CPU = torch.device("cpu")
-ROUNDING = 1e-4  # of float32 losses over a run; they are up to 2e-5 apart
+
+
+def rounding(name: str) -> float:
+    """Of float32 losses over a run: sums over a team round in another order at every layer."""
+    return 1e-4 if "tensor" in name else 2e-5
+
+
 # By name: settings of [distributed]; those with 4 in front are for four processes alone, those
 # with muon are trained by it.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -211,11 +217,11 @@ def test_runs_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     one = losses(tmp_path / "one")
     launch(go_on, 2, tmp_path / "two", str(tmp_path), *ON_TWO)
     for name in ON_TWO:
-        assert losses(tmp_path / name) == pytest.approx(one, rel=ROUNDING), name
+        assert losses(tmp_path / name) == pytest.approx(one, rel=rounding(name)), name
         copy = tmp_path / f"one_from-{name}"
         back_to_step_4(tmp_path / name, copy)
         result = train(make(tmp_path, {}), copy, progress=False)
-        assert losses(copy) == pytest.approx(one, rel=ROUNDING), name
+        assert losses(copy) == pytest.approx(one, rel=rounding(name)), name
         alone, shared = (
             lm.load(f / "model.safetensors").state_dict()
             for f in (result.checkpoint, tmp_path / name / "checkpoints" / "step-000008")
@@ -227,7 +233,7 @@ def test_runs_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
         back_to_step_4(tmp_path / name.split("from-")[1], tmp_path / name)
     launch(go_on, 4, tmp_path / "four", str(tmp_path), *ON_FOUR)
     for name in ON_FOUR:
-        assert losses(tmp_path / name) == pytest.approx(one, rel=ROUNDING), name
+        assert losses(tmp_path / name) == pytest.approx(one, rel=rounding(name)), name
 
 
 PARTS: dict[str, Any] = {"heads": 2, "depth": 2, "decay": "channel", "chunk_size": 4}
