@@ -223,6 +223,22 @@ def test_the_cost_of_writing_closes_the_gates(tiny, tmp_path):
     assert opened[100.0] < 0.9 * opened[0.0]
 
 
+def test_forgetting_costs_as_writing_does(tiny, tmp_path):
+    """Gates that shut do not keep a memory whose decay, not tied to them, goes on."""
+    decay = {}
+    for cost in (0.0, 100.0):
+        config = tiny(write_cost=cost, steps=20, optimizer={"learning_rate": 1e-2})
+        memory = replace(config.model.memory, tie_forgetting=False)
+        config = replace(config, model=replace(config.model, memory=memory))
+        trained = train(config, tmp_path / str(cost), progress=False)
+        model = titans.load(trained.checkpoint / "model.safetensors")
+        tokens = open_data(config).at(0).train.batch(0).tokens
+        with torch.no_grad():
+            records = model.run(tokens, None).records
+        decay[cost] = sum(record.decay.mean().item() for record in records)
+    assert decay[100.0] < 0.3 * decay[0.0], decay
+
+
 def test_a_model_learns(tiny, tmp_path):
     config = tiny(steps=40, eval_every=40, optimizer={"learning_rate": 1e-2})
     train(config, tmp_path, progress=False)

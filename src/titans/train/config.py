@@ -203,7 +203,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
     write_cost: float = 0.02
-    """Weight in the loss of the memories' mean learning rate: gates learn to close on noise."""
+    """Weight in the loss of the memories' mean learning rate and mean decay: gates learn to close
+    on noise, and not to forget for nothing."""
     eval_every: int = 100
     """Steps between evaluations on held-out data; 0 for none."""
     eval_batches: int = 8

@@ -210,7 +210,7 @@ def take_step(
             # The weights are those of the whole batch, so the parts' losses add up to its mean.
             part_loss = (segment.nll * part.weights).sum()
             check_segment(step, model, part_loss, segment.state)
-            (here.loss_scale * (part_loss + write_cost * share * segment.open)).backward()
+            (here.loss_scale * (part_loss + write_cost * share * segment.charged)).backward()
         loss += part_loss.item()
         opened += share * segment.open.item()
         memories.append(carry(segment.state))

@@ -20,13 +20,15 @@ class Segment(NamedTuple):
     """What a model made of a batch.
 
     nll: (B, T) nats, 0 where the label is ignored. likeliest: (B, T), the tokens it would have
-    said. open: mean learning rate of the memories, 0 for a model without one. state: what it
-    remembers after the last token.
+    said. open: mean learning rate of the memories, 0 for a model without one. charged: likewise
+    of learning rate and decay, what the cost of writing is for. state: what it remembers after the
+    last token.
     """
 
     nll: Tensor
     likeliest: Tensor
     open: Tensor
+    charged: Tensor
     state: ModelState
 
 
@@ -37,9 +39,13 @@ def read_segment(
     device = batch.tokens.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         read = model.losses(batch.tokens, batch.labels, memory)
-    rates = [record.learning_rate.mean() for record in read.records if record is not None]
-    opened = torch.stack(rates).mean() if rates else read.nll.new_zeros(())
-    return Segment(read.nll, read.likeliest, opened, read.state)
+    records = [record for record in read.records if record is not None]
+    none = read.nll.new_zeros(())
+    rates = [record.learning_rate.mean() for record in records]
+    decays = [none if record.decay is None else record.decay.mean() for record in records]
+    opened = torch.stack(rates).mean() if rates else none
+    charged = opened + torch.stack(decays).mean() if decays else none
+    return Segment(read.nll, read.likeliest, opened, charged, read.state)
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
