@@ -243,6 +243,21 @@ def test_a_reading_in_a_comparison_can_be_stopped(open_page, server):
     assert a.is_enabled()
 
 
+def test_a_comparison_follows_a_new_name(open_page, server):
+    page = open_page(server.url)
+    compare_two(page)
+    a = page.locator("[data-side=a] select >> nth=0")
+    chosen = a.input_value()
+    name = page.locator(f"[data-id='{chosen}'] .memory-name")
+    name.fill("Renamed")
+    name.press("Enter")
+    page.wait_for_selector("[data-side=a] option >> text=Renamed", state="attached")
+    assert a.input_value() == chosen
+    assert a.locator("option:checked").inner_text() == "Renamed"
+    page.click("text=Ask both")
+    page.wait_for_selector("[data-side=a] h3 >> text=Renamed goes on")
+
+
 def test_a_reading_in_a_comparison_that_fails_says_so(open_page, server):
     open_page.expected.append("507")
     page = open_page(server.url)

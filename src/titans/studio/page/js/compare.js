@@ -23,6 +23,19 @@ export class Comparison {
     if (this.pair?.some((session) => session.id === id)) this.clear();
   }
 
+  /** A memory has another name now. */
+  renamed(session) {
+    if (!this.pair) return;
+    for (const held of [this.pair, this.choices]) {
+      for (const [index, other] of held.entries()) {
+        if (other.id === session.id) held[index] = { ...other, name: session.name };
+      }
+    }
+    for (const option of this.root.querySelectorAll("option")) {
+      if (option.value === session.id) option.textContent = session.name;
+    }
+  }
+
   async show(left, right, choices) {
     this.clear();
     this.pair = [left, right];

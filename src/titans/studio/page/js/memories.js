@@ -140,6 +140,7 @@ export class Memories {
     return studio.attempt(async () => {
       const renamed = await api.rename(session.id, name.trim() || session.name);
       if (renamed.id === studio.session?.id) studio.setSession(renamed);
+      this.comparison.renamed(renamed);
       await this.refresh();
     });
   }
