@@ -19,7 +19,7 @@ from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
 SIZES = (16, 32, 64)
-STEPS = 1000  # Mamba2 has learned nothing after 300, and holds 64 pairs after 1,000
+STEPS = 1000  # Mamba2 has learned nothing after 300 (heads of 16)
 DEEP = {"depth": 2, "momentum": True}
 MODELS: dict[str, dict[str, Any]] = {
     "LMM, linear memory": {"model": "lmm"},
