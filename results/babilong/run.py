@@ -33,7 +33,7 @@ from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
-from titans.train.metrics import read_metrics
+from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
 TASKS = (1, 2, 3, 4, 5)
@@ -175,7 +175,7 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         "answered": [r["valid_answer_recall"] for run in logged for r in run if "valid_loss" in r],
         "open": logged[1][-1]["open"],
         "steps": sum(len(run) for run in logged),
-        "train_minutes": sum(4096 / r["tokens_per_s"] for run in logged for r in run) / 60,
+        "train_minutes": sum(training_seconds(run, 4096) for run in logged) / 60,
     }
 
 

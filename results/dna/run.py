@@ -37,7 +37,7 @@ from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
-from titans.train.metrics import read_metrics
+from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
 TASKS = ("prom_core_notata", "mouse_0")
@@ -124,7 +124,7 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
         "without_writing": genome(model, longest).contexts[0].bits_per_base,
         "parameters": TitansLM(config.model).parameter_count,
         "train_bases": STEPS * BATCH,
-        "train_seconds": sum(BATCH / row["tokens_per_s"] for row in rows),
+        "train_seconds": training_seconds(rows, BATCH),
         "seconds": time.perf_counter() - began,
     }
 

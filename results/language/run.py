@@ -33,7 +33,7 @@ from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
-from titans.train.metrics import read_metrics
+from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
 VOCABULARY = 4096
@@ -153,7 +153,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     done = {
         "parameters": TitansLM(config.model).parameter_count,
         "valid_loss": rows[-1]["valid_loss"],
-        "train_minutes": sum(BATCH / r["tokens_per_s"] for r in rows) / 60,
+        "train_minutes": training_seconds(rows, BATCH) / 60,
     }
     if job["stage"] == "tune":
         return done

@@ -36,7 +36,7 @@ from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
-from titans.train.metrics import read_metrics
+from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
 KINDS = ("single-1", "single-2", "single-3")
@@ -206,7 +206,7 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         "parameters": TitansLM(model_config(name)).parameter_count,
         "copied": [r["valid_token_recall"] for run in logged for r in run if "valid_loss" in r],
         "open": logged[1][-1]["open"],
-        "train_minutes": sum(TOKENS / r["tokens_per_s"] for run in logged for r in run) / 60,
+        "train_minutes": sum(training_seconds(run, TOKENS) for run in logged) / 60,
     }
 
 

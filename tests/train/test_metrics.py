@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from titans.train.loop import train
-from titans.train.metrics import MetricsFile, read_metrics
+from titans.train.metrics import MetricsFile, read_metrics, training_seconds
 
 
 def test_rows_after_the_step_and_a_cut_line_are_dropped(tmp_path):
@@ -50,3 +50,9 @@ def test_tensorboard_gets_every_step(tiny, tmp_path):
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_a_pause_is_no_training_time() -> None:
+    rows = [{"tokens_per_s": speed} for speed in (100.0, 50.0, 0.1, 100.0)]
+    assert training_seconds(rows, 100) == pytest.approx(1 + 2 + 1.5 + 1)
+    assert training_seconds([], 100) == 0.0

@@ -16,7 +16,7 @@ from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM, load
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
-from titans.train.metrics import read_metrics
+from titans.train.metrics import read_metrics, training_seconds
 
 BASE = TitansConfig(
     variant="lmm",
@@ -193,7 +193,7 @@ def train_part(
         seed=seed,
         parameters=trained.parameter_count,
         bits_per_byte=bits_per_byte(config, trained),
-        train_seconds=sum(config.tokens_per_batch / r["tokens_per_s"] for r in rows),
+        train_seconds=training_seconds(rows, config.tokens_per_batch),
     )
     return trained, score
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
@@ -66,6 +67,16 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
             raise ValueError(f"{path}:{number}: damaged (not a row of metrics)") from None
         rows.append(row)
     return rows
+
+
+def training_seconds(rows: Sequence[Row], tokens: int) -> float:
+    """Time in the steps of a log, each of `tokens` tokens. A step of more than ten times their
+    median was held up (a paused process, a sleeping machine), and counts as the median."""
+    if not rows:
+        return 0.0
+    seconds = [tokens / row["tokens_per_s"] for row in rows]
+    usual = median(seconds)
+    return sum(usual if s > 10 * usual else s for s in seconds)
 
 
 def require_loggers(names: Sequence[str]) -> None:
