@@ -28,7 +28,7 @@ from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
 from titans.evals.jobs import Row, alone, find, read_rows, run_jobs, split_diverged
-from titans.evals.report import markdown_table, percent, readable
+from titans.evals.report import PRECISION, markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -109,7 +109,7 @@ def train_config(steps: int, seed: int, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         tokens_per_batch=4096,
-        precision="bf16",
+        precision="auto",
         write_cost=0.0,
         eval_every=100,
         eval_batches=2,
@@ -217,9 +217,9 @@ def write_page(rows: list[Row]) -> None:
         "than 100 were asked), by `python results/babilong/run.py`. One model for tasks 1 to 5, of",
         f"{trained[0]['parameters']:,} parameters (within 2 %): three layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
-        f"({trained[0]['steps']:,} steps of 4,096 tokens, bfloat16 autocast), one seed. Guess: who",
-        "always says the most frequent answer. Test questions and books do not occur in training;",
-        "0 tokens are the facts alone. Our targets on task 1: "
+        f"({trained[0]['steps']:,} steps of 4,096 tokens, {PRECISION}), one seed.",
+        "Guess: who always says the most frequent answer. Test questions and books do not occur in",
+        "training; 0 tokens are the facts alone. Our targets on task 1: "
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
         + ".",
         "",

@@ -31,7 +31,7 @@ from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
 from titans.evals.jobs import Row, alone, find, read_rows, run_jobs, split_diverged
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
-from titans.evals.report import markdown_table, percent, readable
+from titans.evals.report import PRECISION, markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -137,7 +137,7 @@ def copying(name: str, data: DataConfig, optimizer: OptimizerConfig) -> RunConfi
         train=TrainConfig(
             steps=COPYING_STEPS,
             tokens_per_batch=TOKENS,
-            precision="bf16",
+            precision="auto",
             write_cost=0.0,
             eval_every=100,
             eval_batches=2,
@@ -168,7 +168,7 @@ def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path
         train=TrainConfig(
             steps=CLOSING_STEPS,
             tokens_per_batch=TOKENS,
-            precision="bf16",
+            precision="auto",
             initial_model=str(start),
             write_cost=0.02 if own else 0.0,
             eval_every=100,
@@ -272,7 +272,7 @@ def write_page(rows: list[Row]) -> None:
         f"of {trained[0]['parameters']:,} parameters (within 2 %), two layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,} (letters and digits of codes are tokens of",
         "their own, as digits are to Llama's); trained on rows of at most 4,096 tokens",
-        f"({COPYING_STEPS + CLOSING_STEPS:,} steps of {TOKENS:,} tokens, bfloat16 autocast), one",
+        f"({COPYING_STEPS + CLOSING_STEPS:,} steps of {TOKENS:,} tokens, {PRECISION}), one",
         "seed. Words, values and books of the tests do not occur in training: nouns, adjectives",
         "and values by a hash, books by name; training has WikiText-2 too. Below a model's row is",
         "the paper's, where there is one (170M to 760M parameters, Llama's tokens). Keys start as",

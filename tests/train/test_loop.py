@@ -16,7 +16,7 @@ from titans.train.batches import open_data
 from titans.train.checkpoint import latest
 from titans.train.loop import new_training, take_step, train
 from titans.train.metrics import MetricsFile, read_metrics
-from titans.train.objective import NonFiniteError
+from titans.train.objective import NonFiniteError, runs_bf16
 from titans.train.signals import stop_request
 
 # argv: config, folder, the step whose row is the last thing the process does.
@@ -368,3 +368,13 @@ def test_training_can_begin_with_the_weights_of_another_run(tiny, tmp_path):
     with pytest.raises(ValueError, match="its config is not that of the run's model"):
         train(other, tmp_path / "third", progress=False)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "fast"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)]
+)
+def test_auto_precision_is_bf16_where_the_processor_multiplies_it(monkeypatch, found, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert runs_bf16("auto", "cpu") is fast
+    assert runs_bf16("bf16", "cpu")
+    assert not runs_bf16("float32", "cpu")

@@ -102,8 +102,8 @@ class AblationConfig:
     """Of training, of `tokens_per_batch` bytes."""
     tokens_per_batch: int = 4096
     learning_rate: float = 4e-3
-    precision: Literal["float32", "bf16"] = "bf16"
-    """Of training: bf16 is autocast; what the memories hold stays float32."""
+    precision: Literal["float32", "bf16", "auto"] = "auto"
+    """Of training, see `titans.train.config.TrainConfig`."""
     threads: int = 1
     """Of training."""
     test_tokens: int = 2**18

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 
+# How the models of results/ are trained (`train.precision = "auto"`), for their pages.
+PRECISION = "bfloat16 autocast on processors that multiply it (the EPYC), else float32"
+
+
 def machine() -> str:
     """Processor (and GPU, where there is one), cores and torch version, in words."""
     info = Path("/proc/cpuinfo")

@@ -196,8 +196,10 @@ class TrainConfig:
     """A model file whose weights to begin with, for training on; its config must be `model`."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast. Weights, optimizer and what the memories hold stay float32."""
+    precision: Literal["float32", "bf16", "auto"] = "float32"
+    """bf16: autocast. Weights, optimizer and what the memories hold stay float32. auto: bf16 where
+    the processor multiplies it as fast as it can, else float32 (elsewhere bf16 is emulated, at a
+    third of the speed)."""
     gradient_checkpointing: bool = False
     """Compute each block twice instead of keeping its activations."""
     clip: float = 1.0

@@ -37,7 +37,7 @@ def read_segment(
 ) -> Segment:
     """Read a batch, going on from `memory` or, without one, from the model's learned start."""
     device = batch.tokens.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(device, torch.bfloat16, enabled=runs_bf16(precision, device)):
         read = model.losses(batch.tokens, batch.labels, memory)
     records = [record for record in read.records if record is not None]
     none = read.nll.new_zeros(())
@@ -46,6 +46,16 @@ def read_segment(
     opened = torch.stack(rates).mean() if rates else none
     charged = opened + torch.stack(decays).mean() if decays else none
     return Segment(read.nll, read.likeliest, opened, charged, read.state)
+
+
+def runs_bf16(precision: str, device: str) -> bool:
+    """Is `train.precision` bf16 on a device of this type? `auto` is, where that is fast."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
