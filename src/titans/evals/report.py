@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 # How the models of results/ are trained (`train.precision = "auto"`), for their pages.
 PRECISION = "bfloat16 autocast on processors that multiply it (the EPYC), else float32"
 
