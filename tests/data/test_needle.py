@@ -287,6 +287,14 @@ def test_a_row_too_short_for_the_tests_form_is_dense(folder):
     assert batch.answers.sum(1).ge(9).all()
 
 
+def test_answers_in_the_tests_form_begin_anywhere_in_a_segment(folder):
+    source = batches(folder, ("single-2", "multikey-2"), (960,), dense=0.0)
+    answers = torch.cat([source.batch(step).answers for step in range(60)])
+    begins = answers.int().argmax(1) % 64
+    assert len(begins.unique()) > 32
+    assert answers.sum(1).ge(9).all()  # none of them is cut off
+
+
 def test_mistakes_are_named(folder, tmp_path):
     task = make(folder, "single-1")
     with pytest.raises(ValueError, match="a prompt of 300 tokens is too short for what it must"):

@@ -40,6 +40,7 @@ from titans.data.tokenizers import Tokenizer
 HOPS = 4  # of a chain of variables
 LETTERS = 5  # of a variable's name
 ATTEMPTS = 100  # at a row whose words fit
+AFTER = 64  # tokens of haystack that may follow an answer in training
 
 Words = Literal["words", "numbers", "uuids"]
 
@@ -175,9 +176,16 @@ class NeedleTask:
         return Sample(length, pieces, answer, quest.expected, quest.question)
 
     def row(self, length: int, generator: np.random.Generator) -> list[Piece]:
-        """A sample and its answer, `length` tokens in all: what a test has, for training."""
-        sample = self.sample(length, generator, with_answer=True)
-        return [*sample.pieces(), Piece(sample.answer, ANSWER)]
+        """A sample and its answer, what a test has, for training, and a little more haystack;
+        `length` tokens in all.
+
+        Without what follows every answer would end where a segment of MAC does, and those of the
+        tests, which begin with one, were not learned.
+        """
+        after = int(generator.integers(AFTER))
+        sample = self.sample(length - after, generator, with_answer=True)
+        more = self.woven(after, [], set(), generator)
+        return [*sample.pieces(), Piece(sample.answer, ANSWER), *more()]
 
     def dense_row(self, length: int, count: int, generator: np.random.Generator) -> list[Piece]:
         """Up to `count` questions, each anywhere after its needles, in `length` tokens.
