@@ -85,6 +85,18 @@ def test_training_rows_do_not_answer_what_tests_ask(tmp_path):
     assert bob.facts == ("Ann is in.", "Bob is out.")
 
 
+def test_facts_in_another_order_make_no_new_question(tmp_path):
+    story = "1 The hall is east of the bath.\n2 The bed is west of the bath.\n"
+    swapped = "1 The bed is west of the bath.\n2 The hall is east of the bath.\n"
+    east, west = (
+        "3 What is {} of the bath?\t{}\t1\n".format(*p) for p in (("east", "hall"), ("west", "bed"))
+    )
+    (tmp_path / "qa4_a_test.txt").write_text(story + east)
+    (tmp_path / "qa4_a_train.txt").write_text(swapped + east + swapped + west)
+    (left,) = babilong.training_questions(tmp_path, 4)
+    assert left.answer == "bed"
+
+
 def test_task_1_is_not_task_10(folder):
     assert babi_file(folder, 1, "test").name == "qa1_a-task_test.txt"
     assert babi_file(folder, 10, "test").name == "qa10_another_test.txt"
@@ -188,7 +200,7 @@ def test_the_real_files():
     tests = babilong.test_questions(root / "babi", 4)
     train = babilong.training_questions(root / "babi", 4)
     assert len(tests) == 1000
-    assert 8000 < len(train) < 10_000  # the file repeats many of the tests' questions
+    assert 7000 < len(train) < 8000  # the file repeats many of the tests' questions
     assert not {q.identity for q in tests} & {q.identity for q in train}
     lists = {q.answer for q in babilong.test_questions(root / "babi", 8)}
     assert "milk,football" in lists
