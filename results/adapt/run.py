@@ -24,6 +24,7 @@ from titans.evals.jobs import read_rows, run_jobs
 from titans.evals.recall import fit_pairs
 from titans.evals.report import markdown_table, readable
 from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
+from titans.train.objective import descend
 
 HERE = Path(__file__).parent
 PAIRS, WINDOW, POSITIONS, TOKENS = 4, 64, 128, 4096
@@ -102,10 +103,7 @@ def train_base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
             tokens, labels = rows_of(step, job["seed"], length, PAIRS)
         logits = model(tokens, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, loss, step + 1)
         if step % 50 == 49:
             right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item()
             curve.append([step + 1, right])

@@ -30,6 +30,19 @@ def test_queries_with_choices(tmp_path) -> None:
     assert next(read_choices(path, " A:")).options[0].context == "Question: Why? A:"
 
 
+def test_boolq_and_siqa_as_they_are_published(tmp_path) -> None:
+    boolq = {"question": "is it so", "passage": "It is. ", "answer": True, "title": "It"}
+    answers = {"answerA": "a", "answerB": "b", "answerC": "c"}
+    siqa = {"context": "Ann ran.", "question": "Why?", **answers, "label": "3"}
+    yes, last = read_choices(write_lines(tmp_path / "q.jsonl", boolq, siqa))
+    asked = "It is.\nQuestion: is it so?\nAnswer:"
+    assert yes == Item((Option(asked, " no"), Option(asked, " yes")), 1)
+    assert last == Item(tuple(Option("Ann ran. Why?\nAnswer:", f" {x}") for x in "abc"), 2)
+    for wrong in (boolq | {"answer": ["x"]}, siqa | {"label": "4"}):
+        with pytest.raises(ValueError, match=r"w\.jsonl:1: expected a gold in 0\.\."):
+            list(read_choices(write_lines(tmp_path / "w.jsonl", wrong)))
+
+
 def test_contexts_with_one_continuation(tmp_path) -> None:
     row = {"context_options": ["It rained so Ann", "It rained so Bob"]}
     path = tmp_path / "winogrande.jsonl.gz"

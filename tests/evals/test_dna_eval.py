@@ -11,6 +11,7 @@ import torch
 from titans.data.dna import reverse_complement
 from titans.evals import dna as module
 from titans.evals.dna import DNAConfig, dna, load_task, matthews, predict
+from titans.train.objective import NonFiniteError
 
 MOTIF = "GATTACA"
 
@@ -164,6 +165,11 @@ def test_a_batch_holds_every_sequence_once_on_either_strand(tmp_path) -> None:
             found += same
     assert sorted(found) == list(range(40))
     assert 10 < turned < 30
+
+
+def test_diverging_training_is_named(tmp_path) -> None:
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        dna(small(tmp_path, models=("transformer",), learning_rate=1e20))
 
 
 def test_a_limit(tmp_path) -> None:

@@ -122,3 +122,39 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "needle", "--checkpoint", str(tmp_path / "no")])
     assert capsys.readouterr().err == f"titans: {tmp_path / 'no'}: no such file\n"
+
+
+def test_every_cell_is_told_as_soon_as_it_is_there(tmp_path, capsys):
+    model = tmp_path / "m.safetensors"
+    TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
+    for name in ("noun", "adjective"):
+        words = "".join(f"{name}{i}\n" for i in range(60))
+        (tmp_path / f"{name}list.txt").write_text(words)
+    asked = ["--kinds", "single-1", "--lengths", "600", "640", "--samples", "1"]
+    main(["eval", "needle", "--checkpoint", str(model), "--words", str(tmp_path), *asked])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", depth")[0] for line in lines] == [
+        "kind single-1, length 600",
+        "kind single-1, length 640",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["needle", "--checkpoint", "MODEL", "--device", "gpu7"], "device 'gpu7' cannot be used"),
+        (["recall", "--steps", "100000", "--out", "MODEL"], "MODEL"),  # before it trains
+        (
+            ["recall", "--steps", "9", "--tokens", "400", "--learning-rate", "1e30"],
+            "is not finite",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tmp_path, capsys, arguments, message):
+    path = tmp_path / "MODEL"
+    TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", *(str(path) if a == "MODEL" else a for a in arguments)])
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

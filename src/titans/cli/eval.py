@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +72,12 @@ class SuiteParser(Parser):
                 self.add_argument(
                     "--tokenizer", default="bytes", help="'bytes' or a tokenizer.json"
                 )
+            if suite.reads:
+                self.add_argument(
+                    "--device",
+                    default="auto",
+                    help="cpu, cuda, ...; auto is the first GPU, where there is one",
+                )
             add_fields(self, getattr(load_suite(suite), suite.config))
             self.add_argument(
                 "--out",
@@ -89,11 +97,16 @@ def run_eval(options: argparse.Namespace) -> None:
     module = load_suite(suite)
     config = from_options(getattr(module, suite.config), options)
     function: Callable[..., Any] = getattr(module, suite.module)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)  # now, and not when the work is done
+    if "watch" in inspect.signature(function).parameters:
+        function = partial(function, watch=progress)
     if suite.reads:
         from titans.data.tokenizers import load_tokenizer
         from titans.models.lm import load
+        from titans.train.loop import choose_device
 
-        model = load(options.checkpoint)
+        model = load(options.checkpoint, choose_device(options.device))
         extra = (load_tokenizer(options.tokenizer),) if suite.tokenizer else ()
         result = function(model, config, *extra)
     else:
@@ -103,13 +116,18 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.out is not None:
         from titans.evals.report import write_json
 
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / f"{options.suite}.json", content)
         if hasattr(module, "plot"):
             module.plot(result, options.out / f"{options.suite}.png")
         print(f"Wrote {options.suite}.json to {options.out}/")
     if options.json:
         print(json.dumps(content))
+
+
+def progress(cell: Any) -> None:
+    """A record on one line of stderr, as soon as it is there."""
+    told = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
+    print(", ".join(told), file=sys.stderr, flush=True)
 
 
 def show(result: Any) -> None:

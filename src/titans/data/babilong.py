@@ -7,8 +7,8 @@ between sentences drawn at random; context and question stand in its template. W
 length counts the whole prompt, question included, and there are no worked examples in front.
 
 Tests ask bAbI's test questions in held-out prose (`prose_files`). bAbI's training files of 10,000
-repeat some of them, in task 4 more than a quarter of the file (most with their two facts in the other
-order): `training_questions` leaves those out.
+repeat some of them, in task 4 more than a quarter of the file (half of these with their two facts
+in the other order): `training_questions` leaves those out.
 """
 
 import re

@@ -1,9 +1,13 @@
 """Multiple-choice questions from files: what is asked, what could be answered, which is right.
 
     NAME.jsonl      {"query": ..., "choices": [...], "gold": 0}: the query is answered by one of
-                    the choices (PIQA, ARC, SIQA, BoolQ)
+                    the choices (PIQA, ARC)
     NAME.jsonl      {"context_options": [...], "continuation": ..., "gold": 0}: one of the
                     contexts makes the continuation likely (WinoGrande)
+    NAME.jsonl      {"passage": ..., "question": ..., "answer": true}: BoolQ as it is published;
+                    the choices are no and yes
+    NAME.jsonl      {"context": ..., "question": ..., "answerA": ..., "answerB": ..., "answerC":
+                    ..., "label": "1"}: SIQA as it is published, its labels beside the answers
     NAME.txt        six lines an item: context, index of the right ending, four endings
                     (HellaSwag)
 
@@ -19,6 +23,7 @@ from titans.data.documents import open_text
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".txt", ".txt.gz", ".txt.bz2")
 ENDINGS = 4
+SIQA = ("answerA", "answerB", "answerC")
 
 
 class Option(NamedTuple):
@@ -86,6 +91,17 @@ def read_json_lines(path: Path, answer: str) -> Iterator[Item]:
 
 def read_row(row: Any, where: str, answer: str) -> Item:
     keys = set(row) if isinstance(row, dict) else set()
+    if {"passage", "question", "answer"} <= keys:  # BoolQ
+        passage, asked = strings([row["passage"], row["question"]], "passage and question", where)
+        gold = int(row["answer"]) if isinstance(row["answer"], bool) else row["answer"]
+        query = f"{passage.rstrip()}\nQuestion: {asked.rstrip().removesuffix('?')}?"
+        row = {"query": query, "choices": ["no", "yes"], "gold": gold}
+    elif {"context", "question", *SIQA, "label"} <= keys:
+        context, asked = strings([row["context"], row["question"]], "context and question", where)
+        gold = {"1": 0, "2": 1, "3": 2}.get(str(row["label"]), row["label"])
+        choices = [row[key] for key in SIQA]
+        row = {"query": f"{context.rstrip()} {asked}", "choices": choices, "gold": gold}
+    keys = set(row) if isinstance(row, dict) else set()
     if {"query", "choices"} <= keys:
         choices = strings(row["choices"], "choices", where)
         (query,) = strings([row["query"]], "query", where)
@@ -96,7 +112,8 @@ def read_row(row: Any, where: str, answer: str) -> Item:
     else:
         raise ValueError(
             f"{where}: expected an object with query, choices and gold, or with context_options, "
-            f"continuation and gold, got {sorted(keys) or type(row).__name__}"
+            "continuation and gold, or one of BoolQ or SIQA, "
+            f"got {sorted(keys) or type(row).__name__}"
         )
     return item(contexts, choices, row.get("gold"), where)
 

@@ -21,6 +21,7 @@ from titans.data.dna import BASES, DNATask, Labelled, read_task, reverse_complem
 from titans.models.classifier import ConvolutionalClassifier, Pooling, SequenceClassifier
 from titans.train.config import OptimizerConfig
 from titans.train.loop import choose_device
+from titans.train.objective import descend
 from titans.train.optim import schedule, split_parameters
 
 CNN = "cnn"
@@ -192,7 +193,7 @@ def build_classifier(config: DNAConfig, name: str, classes: int) -> nn.Module:
 
 def train_classifier(model: nn.Module, task: DNATask, config: DNAConfig, seed: int) -> list[float]:
     """Train until dev has not improved for `patience` epochs, and leave the weights of the best
-    one in the model; MCC on dev after every epoch."""
+    one in the model; MCC on dev after every epoch. NonFiniteError where it diverges."""
     optimizer = build_optimizer(model, config)
     steps = config.epochs * math.ceil(len(task.train.labels) / config.batch_size)
     rates = OptimizerConfig(warmup=max(steps // 10, 1), min_ratio=0.05)
@@ -205,11 +206,8 @@ def train_classifier(model: nn.Module, task: DNATask, config: DNAConfig, seed: i
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(step, steps, rates)
             loss = F.cross_entropy(model(batch.tokens, batch.lengths), batch.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
             step += 1
+            descend(model, optimizer, loss, step)
         curve.append(judge(model, task.dev, config).mcc)
         if curve[-1] == max(curve) and curve.count(curve[-1]) == 1:
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -25,6 +25,7 @@ from titans.data.timeseries import (
 )
 from titans.models.baselines.dlinear import DLinear
 from titans.models.forecaster import Forecaster, ForecasterConfig, Head
+from titans.train.objective import NonFiniteError, descend
 
 ForecastModel = Literal["lmm", "attention", "dlinear"]
 Loss = Literal["mse", "mae", "huber"]
@@ -269,13 +270,10 @@ def train(
             used += settings.batch_size
             past, future = windows.pairs(chosen // channels, chosen % channels)
             loss = loss_of(settings.loss, model(past), future)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            descend(model, optimizer, loss, epoch * steps + step + 1)
         history.append(evaluate(model, valid, every))
         if not math.isfinite(history[-1].mse):
-            raise ValueError(f"the validation error is {history[-1].mse}: lower learning_rate")
+            raise NonFiniteError(f"the validation error is {history[-1].mse}: lower learning_rate")
         if not kept or history[-1].mse < history[best].mse:
             best = epoch
             kept = {name: value.clone() for name, value in model.state_dict().items()}

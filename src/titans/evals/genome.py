@@ -163,7 +163,7 @@ def bits_at(
         for part in read_rows(model, tokens, piece=piece, write=config.write):
             span = slice(part.begin, part.begin + part.nll.shape[1])
             unknown = np.stack([group[i][span] == UNKNOWN for i in part.rows])
-            nll = part.nll.masked_fill(torch.from_numpy(unknown), float("nan"))
+            nll = part.nll.masked_fill(torch.from_numpy(unknown).to(part.nll.device), float("nan"))
             positions.add(part.begin, nll)
             total += nll.double().nansum().item()
             count += int((~nll.isnan()).sum())

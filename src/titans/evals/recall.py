@@ -21,6 +21,7 @@ from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.pairs import IGNORED, PairBatch, PairTask
 from titans.models.lm import TitansLM
 from titans.train.batches import EVALUATION_SEED
+from titans.train.objective import descend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +189,7 @@ def fit_pairs(
     """AdamW on the answers alone, the rate warmed up over 100 steps and then along a cosine.
 
     write_cost: weight in the loss of the memories' mean learning rate. watch: gets the step, the
-    share of right answers and that mean, every 50 steps.
+    share of right answers and that mean, every 50 steps. NonFiniteError where training diverges.
     """
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     for step in range(steps):
@@ -199,10 +200,7 @@ def fit_pairs(
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         rates = [r.learning_rate.mean() for r in records if r is not None]
         opened = torch.stack(rates).mean() if rates else loss.new_zeros(())
-        optimizer.zero_grad()
-        (loss + write_cost * opened).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, loss + write_cost * opened, step + 1)
         if watch is not None and step % 50 == 49:
             right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
             watch(step + 1, right.item(), opened.item())

@@ -262,7 +262,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"train.device {name!r} cannot be used ({reason})") from None
+        raise ValueError(f"device {name!r} cannot be used ({reason})") from None
     return torch.device(name)
 
 

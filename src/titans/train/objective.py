@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans.data.facts import Batch
 from titans.models.lm import TitansLM
@@ -86,7 +86,20 @@ def check_parameters(step: int, model: TitansLM) -> None:
     raise NonFiniteError(f"step {step}: the parameter {bad} is not finite")
 
 
-def check_gradient(step: int, model: TitansLM, norm: Tensor) -> None:
+def descend(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int, clip: float = 1.0
+) -> None:
+    """One optimizer step of a plain training (`titans.train.loop` is the one with all else): the
+    gradient scaled to a norm of at most `clip`. NonFiniteError if loss or gradient is no number."""
+    if not all_finite([loss]):
+        raise NonFiniteError(f"step {step}: the loss is not finite ({loss.item()})")
+    optimizer.zero_grad()
+    loss.backward()
+    check_gradient(step, model, torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    optimizer.step()
+
+
+def check_gradient(step: int, model: nn.Module, norm: Tensor) -> None:
     """NonFiniteError naming the parameter where it began: a gradient spreads from the last
     layer to the first, so that is the last one."""
     if all_finite([norm]):
