@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from titans.evals.ablation import PARTS, AblationConfig, at_chunk, bits_per_byte, train_part
-from titans.evals.jobs import find, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table
-from titans.models.lm import load
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
@@ -32,19 +31,15 @@ def config(root: Path) -> AblationConfig:
 
 
 def fit(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
-    """Train and test a model; its weights are kept for the chunk sizes."""
+    """Train and test a model; those of `CHUNKS` also read at the other chunk sizes."""
     folder = runs / f"{job['part']}-{job['seed']}"
     trained, score = train_part(config(root), job["part"], job["seed"], folder)
-    trained.save(folder.with_suffix(".safetensors"))
-    return dataclasses.asdict(score)
-
-
-def read_at(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
-    """A trained model, read at another chunk size."""
-    weights = runs / f"{CHUNKS[job['trained']]}-{job['seed']}.safetensors"
-    if not weights.exists():  # its row came from another machine
-        fit({"part": CHUNKS[job["trained"]], "seed": job["seed"]}, runs, root)
-    return {"bits_per_byte": bits_per_byte(config(root), at_chunk(load(weights), job["read"]))}
+    row = dataclasses.asdict(score)
+    if job["part"] in CHUNKS.values():
+        row["read_at"] = {
+            str(size): bits_per_byte(config(root), at_chunk(trained, size)) for size in CHUNKS
+        }
+    return row
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
@@ -92,7 +87,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         ),
         "",
     ]
-    lines += chunk_table([r for r in rows if r["table"] == "chunks"])
+    lines += chunk_table([r for r in fitted if "read_at" in r])
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines.append(
         f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
@@ -104,14 +99,11 @@ def chunk_table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     grid = []
-    for trained in CHUNKS:
-        cells = []
-        for read in CHUNKS:
-            found = [
-                r["bits_per_byte"] for r in rows if (r["trained"], r["read"]) == (trained, read)
-            ]
-            cells.append(f"{sum(found) / len(found):.3f}" if found else "")
-        grid.append((str(trained), *cells))
+    for trained, part in CHUNKS.items():
+        seeds = [r["read_at"] for r in rows if r["part"] == part]
+        if seeds:
+            means = (sum(seed[str(read)] for seed in seeds) / len(seeds) for read in CHUNKS)
+            grid.append((str(trained), *(f"{bits:.3f}" for bits in means)))
     return [
         "## Chunk size in training by chunk size at inference",
         "",
@@ -139,15 +131,6 @@ def main() -> None:
             parts = [{"table": "parts", "part": name, "seed": seed} for name in options.parts]
             one = partial(fit, runs=runs, root=root)
             rows = run_jobs(path, parts, one, workers=options.workers)
-            write_page(rows)
-            chunks = [
-                {"table": "chunks", "trained": trained, "read": read, "seed": seed}
-                for trained in CHUNKS
-                for read in CHUNKS
-                if find(rows, {"part": CHUNKS[trained], "seed": seed}) is not None
-            ]
-            other = partial(read_at, runs=runs, root=root)
-            rows = run_jobs(path, chunks, other, workers=options.workers)
             write_page(rows)
     write_page(rows)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from titans.config import MemoryConfig
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import read_rows, run_jobs
+from titans.evals.jobs import kept, read_rows, run_jobs
 from titans.evals.recall import fit_pairs
 from titans.evals.report import markdown_table, readable
 from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
@@ -119,10 +119,7 @@ def train_base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
 def load_base(seed: int, runs: Path) -> Any:
     from transformers import LlamaForCausalLM
 
-    folder = runs / f"base-{seed}"
-    if not folder.exists():  # its row came from another machine
-        train_base({"seed": seed}, runs)
-    return LlamaForCausalLM.from_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(kept(runs / f"base-{seed}", "the base"))
 
 
 def train_adapter(job: dict[str, Any], runs: Path) -> dict[str, Any]:

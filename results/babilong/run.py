@@ -8,6 +8,7 @@ in training (`titans.data.babilong`).
 
 TITANS_DATA_DIR holds `babi/*qaN_*_{train,test}.txt.gz` and `books/*.txt.gz`. Finished rows of
 results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
+Trained models are kept in `weights/` beside the table, with their tokenizer.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
-from titans.evals.jobs import Row, alone, find, read_rows, run_jobs, split_diverged
-from titans.evals.report import PRECISION, markdown_table, percent, readable
+from titans.evals.jobs import Row, find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -36,6 +37,8 @@ from titans.train.loop import train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+TOKENIZER = WEIGHTS / "tokenizer.json"
 TASKS = (1, 2, 3, 4, 5)
 LENGTHS = (0, 1024, 4096, 16384, 65536, 2**18, 2**20)
 VOCABULARY = 2048
@@ -78,7 +81,7 @@ def model_config(name: str) -> TitansConfig:
     return matched(BASE, MODELS[name], count_parameters(BASE))
 
 
-def prepare_tokenizer(root: Path, path: Path) -> None:
+def prepare_tokenizer(root: Path, path: Path = TOKENIZER) -> None:
     """A byte-pair encoding of the training books and stories, learned once."""
     if path.exists():
         return
@@ -95,11 +98,11 @@ def prepare_tokenizer(root: Path, path: Path) -> None:
     BPETokenizer.train(texts(), VOCABULARY, path)
 
 
-def data_config(root: Path, runs: Path, tasks: tuple[int, ...], dense: float) -> DataConfig:
+def data_config(root: Path, tasks: tuple[int, ...], dense: float) -> DataConfig:
     return DataConfig(
         task="babi",
         paths=(str(root / "books"),),
-        tokenizer=str(runs / "tokenizer.json"),
+        tokenizer=str(TOKENIZER),
         text_weight=0.1,
         babi=BabiRows(tasks=tasks, folder=str(root / "babi"), dense=dense),
     )
@@ -109,7 +112,6 @@ def train_config(steps: int, seed: int, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         tokens_per_batch=4096,
-        precision="auto",
         write_cost=0.0,
         eval_every=100,
         eval_batches=2,
@@ -126,10 +128,10 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def binding(name: str, root: Path, runs: Path) -> RunConfig:
+def binding(name: str, root: Path) -> RunConfig:
     """The first run: task 1 alone on rows with little else, until where a person is gets bound to
     the person. All five tasks at once had learned nothing after 540 steps."""
-    data = data_config(root, runs, (1,), 1.0)
+    data = data_config(root, (1,), 1.0)
     return RunConfig(
         model=model_config(name),
         data=replace(data, lengths=(192,)),
@@ -138,12 +140,12 @@ def binding(name: str, root: Path, runs: Path) -> RunConfig:
     )
 
 
-def spreading(name: str, root: Path, runs: Path, start: Path) -> RunConfig:
+def spreading(name: str, root: Path, start: Path) -> RunConfig:
     """The second: all tasks, facts that are ever further apart, and a price on writing that
     closes the gates of those that can close them."""
     own = name.startswith("Titans")
     data = replace(
-        data_config(root, runs, TASKS, 0.7),
+        data_config(root, TASKS, 0.7),
         lengths=(256,),
         stages=(300, 500, 700),
         stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (2048, 4096)),
@@ -158,17 +160,17 @@ def spreading(name: str, root: Path, runs: Path, start: Path) -> RunConfig:
 
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
-    """Both trainings of one model, or what is left of them; its weights are kept in `runs`."""
+    """Both trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
     name = job["model"]
     folder = runs / name.replace(" ", "-")
-    first = train(binding(name, root, runs), folder / "binding", progress=False)
+    first = train(binding(name, root), folder / "binding", progress=False)
     if first.finished:
         start = first.checkpoint / "model.safetensors"
-        config = spreading(name, root, runs, start)
+        config = spreading(name, root, start)
         second = train(config, folder / "spreading", progress=False)
     if not first.finished or not second.finished:
         raise KeyboardInterrupt
-    load(second.checkpoint / "model.safetensors").save(weights(runs, name))
+    load(second.checkpoint / "model.safetensors").save(weights(name))
     logged = [read_metrics(run.folder / "metrics.jsonl") for run in (first, second)]
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
@@ -179,17 +181,14 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
     }
 
 
-def weights(runs: Path, name: str) -> Path:
-    return runs / f"{name.replace(' ', '-')}.safetensors"
+def weights(name: str) -> Path:
+    return WEIGHTS / f"{name.replace(' ', '-')}.safetensors"
 
 
-def test(job: Row, runs: Path, root: Path) -> Row:
+def test(job: Row, root: Path) -> Row:
     """One task at one length."""
     torch.set_num_threads(1)
-    path = weights(runs, job["model"])
-    with alone(runs):
-        if not path.exists():  # its row came from another machine
-            fit({"model": job["model"]}, runs, root)
+    path = kept(weights(job["model"]), job["model"])
     config = BabilongConfig(
         tasks=(job["task"],),
         lengths=(job["length"],),
@@ -198,7 +197,7 @@ def test(job: Row, runs: Path, root: Path) -> Row:
         paths=(str(root / "books"),),
     )
     begin = time.perf_counter()
-    (cell,) = babilong(load(path), config, load_tokenizer(runs / "tokenizer.json")).cells
+    (cell,) = babilong(load(path), config, load_tokenizer(TOKENIZER)).cells
     row = {key: getattr(cell, key) for key in ("asked", "score", "exact", "low", "high", "guess")}
     return row | {"seconds": time.perf_counter() - begin}
 
@@ -217,7 +216,7 @@ def write_page(rows: list[Row]) -> None:
         "than 100 were asked), by `python results/babilong/run.py`. One model for tasks 1 to 5, of",
         f"{trained[0]['parameters']:,} parameters (within 2 %): three layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
-        f"({trained[0]['steps']:,} steps of 4,096 tokens, {PRECISION}), one seed.",
+        f"({trained[0]['steps']:,} steps of 4,096 tokens, float32), one seed.",
         "Guess: who always says the most frequent answer. Test questions and books do not occur in",
         "training; 0 tokens are the facts alone. Our targets on task 1: "
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
@@ -266,7 +265,7 @@ def main() -> None:
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:
         runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
-        prepare_tokenizer(root, runs / "tokenizer.json")
+        prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
         run_jobs(path, training, partial(fit, runs=runs, root=root), workers=options.workers)
         for length in sorted(options.lengths):
@@ -275,7 +274,7 @@ def main() -> None:
                 for name in options.model
                 for task in options.tasks
             ]
-            one = partial(test, runs=runs, root=root)
+            one = partial(test, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
     write_page(rows)

@@ -28,7 +28,7 @@ from titans.data.shards import prepare
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.jobs import read_rows, run_jobs, split_diverged
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
-from titans.evals.report import PRECISION, markdown_table
+from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -142,7 +142,6 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
             checkpoint_every=16,
             keep_checkpoints=1,
             threads=1,
-            precision="auto",
         ),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=max(1, steps // 10)),
     )
@@ -197,7 +196,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         f"{TOKENS:,} training tokens (byte-pair encoding of {VOCABULARY:,} learned from the",
         f"training text), rows of {LENGTH:,}, batches of {BATCH:,}, by",
-        f"`python results/language/run.py`; {PRECISION}. Bits per byte",
+        "`python results/language/run.py`; float32, but for the seeds marked bf16 (bfloat16",
+        "autocast, memories in float32). Bits per byte",
         f"of {TEST_TOKENS:,} tokens of held-out text, in windows of {LENGTH:,} all over it, as in",
         "training, and as the first tokens of documents, each read in one stream (the",
         "Transformer++ has no such column: its cache grows, and it never saw longer rows); mean",
@@ -223,7 +223,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
                     name,
                     f"{seeds[0]['parameters']:,}",
                     f"{seeds[0]['rate']:g}",
-                    str(len(seeds)),
+                    ", ".join(str(r["seed"]) + " bf16" * ("precision" in r) for r in seeds),
                     f"{mean:.3f}{spread}",
                     stream_cell(seeds),
                     f"{sum(words) / len(words):.1f}",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from titans.evals.jobs import find, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import find, kept, read_rows, run_jobs, split_diverged
 from titans.train.objective import NonFiniteError
 
 JOBS = [{"task": task, "seed": seed} for task in ("a", "b") for seed in (0, 1)]
@@ -130,3 +130,11 @@ def test_a_terminated_run_leaves_no_worker_behind(tmp_path):
     for note in notes:
         with pytest.raises(ProcessLookupError):
             os.kill(int(note.read_text()), 0)
+
+
+def test_rows_are_not_continued_with_the_weights_of_another_training(tmp_path):
+    path = tmp_path / "lmm.safetensors"
+    with pytest.raises(ValueError, match="behind the rows of LMM are not here"):
+        kept(path, "LMM")
+    path.touch()
+    assert kept(path, "LMM") == path

@@ -102,7 +102,7 @@ class AblationConfig:
     """Of training, of `tokens_per_batch` bytes."""
     tokens_per_batch: int = 4096
     learning_rate: float = 4e-3
-    precision: Literal["float32", "bf16", "auto"] = "auto"
+    precision: Literal["float32", "bf16", "auto"] = "float32"
     """Of training, see `titans.train.config.TrainConfig`."""
     threads: int = 1
     """Of training."""

@@ -41,6 +41,17 @@ def find(rows: Sequence[Row], job: Job) -> Row | None:
     return next((row for row in rows if all(row.get(k) == v for k, v in job.items())), None)
 
 
+def kept(weights: Path, model: str) -> Path:
+    """The weights behind the rows of a model. ValueError where they are gone: those of another
+    training, on another machine, would make one row of two models."""
+    if not weights.exists():
+        raise ValueError(
+            f"{weights}: the weights behind the rows of {model} are not here; bring them, or "
+            "delete its rows from results.json to train it again"
+        )
+    return weights
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process at a time."""

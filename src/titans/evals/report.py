@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-# How the models of results/ are trained (`train.precision = "auto"`), for their pages.
-PRECISION = "bfloat16 autocast on processors that multiply it (the EPYC), else float32"
-
 
 def machine() -> str:
     """Processor (and GPU, where there is one), cores and torch version, in words."""
