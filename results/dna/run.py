@@ -158,7 +158,7 @@ def run(job: dict[str, Any], paths: dict[str, Path], runs: Path, threads: int) -
 
 
 def name_of(path: Path) -> str:
-    return path.resolve().name.split(".")[0]
+    return path.absolute().name.split(".")[0]  # of a link its own: GUE has mouse/0 and tf/0
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:

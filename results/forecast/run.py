@@ -1,8 +1,9 @@
 """Long-term forecasting: LMM, the same with attention, and DLinear, beside the paper's rows.
 
-    TITANS_DATA_DIR=... python results/forecast/run.py [--workers 2] [--only ETTh1]
+    TITANS_DATA_DIR=... python results/forecast/run.py [--workers 2] [--only ETTh1] [--data FILE]
 
-TITANS_DATA_DIR holds `timeseries/{ETTh1,ETTm1,weather,exchange_rate}.csv[.gz]`. A finished
+TITANS_DATA_DIR holds `timeseries/{ETTh1,ETTm1,weather,exchange_rate}.csv[.gz]`; --data adds files
+of your own, with the settings of the series they are most like (`settings_of`). A finished
 (data, horizon, model, seed) is a row of results.json and is not repeated; delete the row to run
 it again.
 """
@@ -36,6 +37,7 @@ SERIES: dict[str, dict[str, Any]] = {
     "weather": {**LARGE, "head": "all"},
     "exchange_rate": {"lookback": 96, "patch": 8, **SMALL},
 }
+OWN = "weather"  # whose settings a file of another name gets
 SHARED: dict[str, Any] = {"loss": "mae", "learning_rate": 1e-3, "epochs": 12, "patience": 3}
 SHOWN = {"ETTh1": ["HUFL", "OT"], "ETTm1": ["HUFL", "OT"], "weather": ["T (degC)", "rh (%)"]}
 SHOWN_DEFAULT, SHOWN_HORIZON, SHOWN_WINDOW = ["OT", "0"], 192, 1000
@@ -49,18 +51,25 @@ PAPER = {
 NAMES = {"lmm": "LMM", "attention": "attention, same backbone", "dlinear": "DLinear"}
 
 
-def run(job: dict[str, Any], root: Path, threads: int) -> dict[str, Any]:
+def settings_of(name: str) -> dict[str, Any]:
+    """ETTh2 has those of ETTh1, ETTm2 those of ETTm1, and what is not known those of `OWN`."""
+    return SERIES.get(name) or SERIES.get(name[:4] + "1") or SERIES[OWN]
+
+
+def run(job: dict[str, Any], paths: dict[str, Path], threads: int) -> dict[str, Any]:
     """Fit and test one forecaster; with some forecasts for the plot."""
     torch.set_num_threads(threads)
     name = job["data"]
-    settings = ForecastSettings(**SHARED, **SERIES[name], **(job | {"data": str(find(root, name))}))
+    own = job | {"data": str(paths[name])}
+    settings = ForecastSettings(**SHARED, **settings_of(name), **own)
     fitted = fit(settings)
     row = dataclasses.asdict(fitted.result) | {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "data"},
         "threads": threads,
     }
     if job["seed"] == 0 and job["horizon"] == SHOWN_HORIZON:
-        channels = [c for c in SHOWN.get(name, SHOWN_DEFAULT) if c in fitted.data.channels]
+        known = fitted.data.channels
+        channels = [c for c in SHOWN.get(name, SHOWN_DEFAULT) if c in known] or known[:2]
         row["example"] = dataclasses.asdict(example(fitted, SHOWN_WINDOW, channels))
     return row | job
 
@@ -69,12 +78,12 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     rows, diverged = split_diverged(rows)
     if not rows:
         return
-    names = [name for name in SERIES if any(r["data"] == name for r in rows)]
+    names = sorted({r["data"] for r in rows}, key=lambda n: ([*SERIES, n].index(n), n))
     machines = sorted({r["machine"] for r in rows})
     minutes = sum(r["train_seconds"] + r["test_seconds"] for r in rows) / 60
     threads = "/".join(str(n) for n in sorted({r["threads"] for r in rows}))
     days = sorted({r["date"] for r in rows})
-    lookbacks = ", ".join(f"{name} {SERIES[name]['lookback']}" for name in names)
+    lookbacks = ", ".join(f"{name} {settings_of(name)['lookback']}" for name in names)
     lines = [
         "# Long-term forecasting",
         "",
@@ -193,7 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=SERIES, nargs="+", default=list(SERIES))
+    parser.add_argument("--only", choices=SERIES, nargs="*", default=list(SERIES))
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="CSV files of your own")
     parser.add_argument("--horizon", type=int, choices=HORIZONS, nargs="+", default=HORIZONS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
@@ -204,10 +214,12 @@ def main() -> None:
     path = HERE / "results.json"
     rows = read_rows(path)
     if not options.table_only:
-        one = partial(
-            run, root=Path(os.environ["TITANS_DATA_DIR"]).resolve(), threads=options.threads
-        )
-        for seed, name in itertools.product(options.seeds, options.only):
+        paths = {path.name.split(".")[0]: path.resolve() for path in options.data}
+        if options.only:
+            root = Path(os.environ["TITANS_DATA_DIR"]).resolve()
+            paths |= {name: find(root, name) for name in options.only}
+        one = partial(run, paths=paths, threads=options.threads)
+        for seed, name in itertools.product(options.seeds, paths):
             jobs = [
                 {"data": name, "horizon": horizon, "model": model, "seed": seed}
                 for horizon in options.horizon

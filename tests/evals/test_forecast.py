@@ -239,6 +239,15 @@ def test_the_suite_resumes_and_writes_its_page(seasonal: str, tmp_path: Path, mo
     suite.main()
     rows = json.loads((tmp_path / "results.json").read_text())
     assert len(calls) == 9  # three of twelve were there
+    own = tmp_path / "mine.csv"
+    own.write_text(Path(seasonal).read_text())
+    monkeypatch.setattr(suite, "OWN", "seasonal")
+    monkeypatch.setattr("sys.argv", ["run.py", "--only", "--data", str(own), "--seeds", "0"])
+    suite.main()
+    assert len(calls) == 15
+    page = (tmp_path / "README.md").read_text()
+    assert "| mine | 12 |" in page
+    assert page.index("| seasonal | 12 |") < page.index("| mine | 12 |")
     assert all(row in rows for row in first)
     page = (tmp_path / "README.md").read_text()
     lmm = [r for r in rows if r["model"] == "lmm"]
