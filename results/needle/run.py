@@ -10,7 +10,8 @@ and books of the tests do not occur in training (`titans.data.haystack`).
 TITANS_DATA_DIR holds `needle/{noun,adjective}list.txt`, `books/*.txt.gz` and
 `text/wikitext-2/train.txt.gz` (training prose with numbers in it, which the books hardly have).
 Finished rows of results.json are not repeated, and a stopped training goes on from its last
-checkpoint in --runs.
+checkpoint in --runs. Trained models are kept in `weights/` beside the table, with their tokenizer,
+so that they can be asked further, here or by `titans eval needle`.
 """
 
 import argparse
@@ -29,9 +30,9 @@ from titans.data.documents import read_documents
 from titans.data.haystack import NOISE, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
-from titans.evals.jobs import Row, alone, find, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import Row, find, kept, read_rows, run_jobs, split_diverged
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
-from titans.evals.report import PRECISION, markdown_table, percent, readable
+from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -39,8 +40,10 @@ from titans.train.loop import train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+TOKENIZER = WEIGHTS / "tokenizer.json"
 KINDS = ("single-1", "single-2", "single-3")
-TRAINED = (*KINDS, "single-3")  # half of the rows: a uuid has 36 tokens to get right
+TRAINED = (*KINDS, "single-3", "single-3")  # most rows: a uuid has 36 tokens to get right
 LENGTHS = (2048, 4096, 8192, 16384, 65536, 2**18, 2**20, 2**21, 10 * 2**20)
 VOCABULARY = 2048
 SEED = 0
@@ -99,7 +102,7 @@ def model_config(name: str) -> TitansConfig:
     return matched(BASE, MODELS[name], count_parameters(BASE))
 
 
-def prepare_tokenizer(root: Path, path: Path) -> None:
+def prepare_tokenizer(root: Path, path: Path = TOKENIZER) -> None:
     """A byte-pair encoding of the training books and of the tasks' words, learned once.
 
     Letters of codes stand alone. Where one could be joined to the space before it, uuids were lost
@@ -137,7 +140,6 @@ def copying(name: str, data: DataConfig, optimizer: OptimizerConfig) -> RunConfi
         train=TrainConfig(
             steps=COPYING_STEPS,
             tokens_per_batch=TOKENS,
-            precision="auto",
             write_cost=0.0,
             eval_every=100,
             eval_batches=2,
@@ -161,14 +163,13 @@ def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path
             lengths=(128, 256, 512),
             facts_max=4,
             stages=(500, 1200, 1900),
-            stage_lengths=((256, 512, 1024), (1024, 2048, 4096), (2048, 4096)),
-            stage_facts=((1, 6), (1, 8), (1, 4)),
+            # Short rows stay among them: they have the most answers to learn from.
+            stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (512, 2048, 4096)),
             stage_write_costs=(0.1, 0.5, 3.0) if own else (0.0, 0.0, 0.0),
         ),
         train=TrainConfig(
             steps=CLOSING_STEPS,
             tokens_per_batch=TOKENS,
-            precision="auto",
             initial_model=str(start),
             write_cost=0.02 if own else 0.0,
             eval_every=100,
@@ -183,13 +184,13 @@ def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path
 
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
-    """Both trainings of one model, or what is left of them; its weights are kept in `runs`."""
+    """Both trainings of one model, or what is left of them; its weights are kept in `weights`."""
     name = job["model"]
     folder = runs / name.replace(" ", "-")
     data = DataConfig(
         task="needle",
         paths=(str(root / "books"), str(root / "text/wikitext-2/train.txt.gz")),
-        tokenizer=str(runs / "tokenizer.json"),
+        tokenizer=str(TOKENIZER),
         text_weight=0.1,
         needle=NeedleRows(kinds=TRAINED, words=str(root / "needle"), dense=0.5),
     )
@@ -200,7 +201,7 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         second = train(closing(name, data, optimizer, start), folder / "closing", progress=False)
     if not first.finished or not second.finished:
         raise KeyboardInterrupt
-    load(second.checkpoint / "model.safetensors").save(weights(runs, name))
+    load(second.checkpoint / "model.safetensors").save(weights(name))
     logged = [read_metrics(r.folder / "metrics.jsonl") for r in (first, second)]
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
@@ -210,17 +211,14 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
     }
 
 
-def weights(runs: Path, name: str) -> Path:
-    return runs / f"{name.replace(' ', '-')}.safetensors"
+def weights(name: str) -> Path:
+    return WEIGHTS / f"{name.replace(' ', '-')}.safetensors"
 
 
-def test(job: Row, runs: Path, root: Path) -> Row:
+def test(job: Row, root: Path) -> Row:
     """One kind at one length."""
     torch.set_num_threads(1)
-    path = weights(runs, job["model"])
-    with alone(runs):
-        if not path.exists():  # its row came from another machine
-            fit({"model": job["model"]}, runs, root)
+    path = kept(weights(job["model"]), job["model"])
     samples = samples_at(job["length"])
     config = NeedleConfig(
         kinds=(job["kind"],),
@@ -231,12 +229,12 @@ def test(job: Row, runs: Path, root: Path) -> Row:
         paths=(str(root / "books"),),
     )
     begin = time.perf_counter()
-    (cell,) = needle(load(path), config, load_tokenizer(runs / "tokenizer.json")).cells
+    (cell,) = needle(load(path), config, load_tokenizer(TOKENIZER)).cells
     row = {key: getattr(cell, key) for key in ("asked", "score", "exact", "low", "high")}
     return row | {"seconds": time.perf_counter() - begin}
 
 
-def sweep(job: Row, runs: Path, root: Path) -> Row:
+def sweep(job: Row, root: Path) -> Row:
     """Where in the prompt is it found? All kinds by length and depth."""
     torch.set_num_threads(1)
     config = NeedleConfig(
@@ -247,8 +245,8 @@ def sweep(job: Row, runs: Path, root: Path) -> Row:
         words=str(root / "needle"),
         paths=(str(root / "books"),),
     )
-    tokenizer = load_tokenizer(runs / "tokenizer.json")
-    result = needle(load(weights(runs, job["model"])), config, tokenizer)
+    tokenizer = load_tokenizer(TOKENIZER)
+    result = needle(load(weights(job["model"])), config, tokenizer)
     return {"cells": [asdict(cell) for cell in result.cells]}
 
 
@@ -272,7 +270,7 @@ def write_page(rows: list[Row]) -> None:
         f"of {trained[0]['parameters']:,} parameters (within 2 %), two layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,} (letters and digits of codes are tokens of",
         "their own, as digits are to Llama's); trained on rows of at most 4,096 tokens",
-        f"({COPYING_STEPS + CLOSING_STEPS:,} steps of {TOKENS:,} tokens, {PRECISION}), one",
+        f"({COPYING_STEPS + CLOSING_STEPS:,} steps of {TOKENS:,} tokens, float32), one",
         "seed. Words, values and books of the tests do not occur in training: nouns, adjectives",
         "and values by a hash, books by name; training has WikiText-2 too. Below a model's row is",
         "the paper's, where there is one (170M to 760M parameters, Llama's tokens). Keys start as",
@@ -340,7 +338,7 @@ def main() -> None:
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:
         runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
-        prepare_tokenizer(root, runs / "tokenizer.json")
+        prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
         one = partial(fit, runs=runs, root=root)
         rows = run_jobs(path, training, one, workers=options.workers)
@@ -351,12 +349,12 @@ def main() -> None:
                 for kind in options.kind
             ]
             asking = [job for job in asking if not lost(rows, job)]
-            one = partial(test, runs=runs, root=root)
+            one = partial(test, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
         if SWEEP_MODEL in options.model:
             depths = [{"stage": "depths", "model": SWEEP_MODEL}]
-            rows = run_jobs(path, depths, partial(sweep, runs=runs, root=root))
+            rows = run_jobs(path, depths, partial(sweep, root=root))
     write_page(rows)
 
 
