@@ -74,7 +74,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "# What each part of the memory is worth",
         "",
         "Byte-level models of two layers of width 64 after",
-        f"{given.steps * given.tokens_per_batch / 2**20:.2g}M training bytes of WikiText-2,",
+        f"{given.steps * given.tokens_per_batch / 2**20:.2g}M training bytes of WikiText-2 "
+        f"({' and '.join(sorted({r.get('precision', 'float32') for r in fitted}))}),",
         f"tested on {given.test_tokens:,} bytes read in one stream, by",
         "`python results/ablation/run.py`; mean over seeds",
         f"{', '.join(map(str, sorted({r['seed'] for r in fitted})))}. Sizes are not matched, as in",

@@ -98,6 +98,9 @@ def test_genomic_benchmarks(tmp_path) -> None:
     assert [s.tolist() for s in again.dev.sequences] == [s.tolist() for s in task.dev.sequences]
     assert [s.tolist() for s in other.dev.sequences] != [s.tolist() for s in task.dev.sequences]
     assert "dev is 6 of train" in task.split
+    (tmp_path / "ocr" / "test" / "unheard").mkdir()
+    with pytest.raises(ValueError, match=r"expected the classes of train, .* got .*'unheard'"):
+        read_task(tmp_path / "ocr")
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,11 @@ def read_genomic_benchmark(folder: Path, seed: int) -> DNATask:
     classes = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))
     if len(classes) < 2:
         raise ValueError(f"{folder / 'train'}: expected a folder for each of two classes or more")
+    tested = tuple(sorted(p.name for p in (folder / "test").glob("*") if p.is_dir()))
+    if not set(tested) <= set(classes):
+        raise ValueError(
+            f"{folder}: expected the classes of train, {classes}, in test, got {tested}"
+        )
     parts = {part: read_class_folders(folder / part, classes) for part in ("train", "test")}
     whole = parts["train"]
     order = np.random.default_rng(seed).permutation(len(whole.labels))

@@ -180,6 +180,9 @@ def plot(result: NeedleResult, path: Path) -> None:
         for axis, kind in zip(panels, kinds, strict=True):
             grid = [[score[kind, length, depth].score for length in lengths] for depth in depths]
             image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for row, values in enumerate(grid):
+                for column, value in enumerate(values):
+                    axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center")
             axis.set_title(kind)
             axis.set_xticks(range(len(names)), names)
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
