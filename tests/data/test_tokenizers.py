@@ -17,6 +17,7 @@ from titans.data.tokenizers import (
     encode_document,
     load_tokenizer,
     token_dtype,
+    tokenizer_of,
 )
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -165,3 +166,11 @@ def test_encode_document_refuses_ids_outside_the_vocabulary():
 
     with pytest.raises(ValueError, match=r"tokenizer 'strange': expected ids in 0\.\.9, got 3"):
         encode_document(Strange(), "x")
+
+
+def test_a_model_is_not_read_with_another_tokenizer(bpe):
+    assert tokenizer_of(257, None).name == "bytes"
+    assert tokenizer_of(bpe.vocab_size + 2, bpe) is bpe  # padded to a round number, say
+    for vocab_size, tokenizer in ((2048, None), (200, None), (bpe.vocab_size - 1, bpe)):
+        with pytest.raises(ValueError, match=f"the model {vocab_size}: name the one"):
+            tokenizer_of(vocab_size, tokenizer)

@@ -185,6 +185,7 @@ def test_the_interval_is_wilsons():
         ({"kinds": ("single-4",)}, "unknown needle kind 'single-4'"),
         ({"kinds": ("variables",), "depths": (0.5,)}, "depths are for kinds with one needle"),
         ({"kinds": ()}, "kinds or lengths is empty"),
+        ({"lengths": (0, 2048)}, "lengths must be at least 1"),
         ({"depths": (1.5,)}, r"depths must lie in \[0, 1\], got \[1.5\]"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"seed": -1}, "generated and seed must not be negative"),

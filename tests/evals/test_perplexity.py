@@ -214,5 +214,5 @@ def test_errors_are_one_line(tmp_path) -> None:
         PerplexityConfig(paths=("a",), piece=0)
     big = Syllables()
     big.vocab_size = 300
-    with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 257"):
+    with pytest.raises(ValueError, match="tokenizer syllables has 300 tokens, the model 257"):
         perplexity(model, PerplexityConfig(paths=(str(lonely),)), big)

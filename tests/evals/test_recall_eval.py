@@ -49,5 +49,9 @@ def test_the_same_seed_is_the_same_model():
 def test_errors():
     with pytest.raises(ValueError, match=r"pairs must lie in 1\.\.4, got \[8\]"):
         RecallConfig(keys=4, pairs=(8,), most_trained=2)
+    with pytest.raises(ValueError, match="most_trained must be a power of two, got 48"):
+        RecallConfig(most_trained=48)
+    with pytest.raises(ValueError, match="seed must not be negative"):
+        RecallConfig(seed=-1)
     with pytest.raises(ValueError, match="tokens >= 322"):
         RecallConfig(tokens=100)

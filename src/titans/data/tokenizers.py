@@ -151,6 +151,21 @@ class BPETokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
+def tokenizer_of(vocab_size: int, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer for a model of so many tokens; None is that of bytes.
+
+    ValueError for one with more tokens than the model, or with fewer than half of them: the
+    model's own was not named.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
+    if not tokenizer.vocab_size <= vocab_size <= 2 * tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
+            f"{vocab_size}: name the one it was trained with"
+        )
+    return tokenizer
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer called "bytes", or the one in a `tokenizer.json` file."""
     if str(name_or_path) == "bytes":

@@ -16,7 +16,7 @@ import numpy as np
 
 from titans.data.babilong import BabiTask, test_questions
 from titans.data.haystack import prose
-from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.evals.answers import answer, exact, wilson
 from titans.evals.report import readable
 from titans.models.lm import TitansLM
@@ -89,9 +89,10 @@ def babilong(
 ) -> BabilongResult:
     """Ask; `watch` sees every cell as it is done. The tokenizer is the byte tokenizer by default.
 
-    The same questions are asked at every length. ValueError for files that are missing.
+    The same questions are asked at every length. ValueError for files that are missing
+    and a tokenizer that is not the model's.
     """
-    tokenizer = tokenizer or ByteTokenizer()
+    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     (folder,) = expand_paths((config.folder,))
     text = prose(expand_paths(config.paths), tokenizer, held_out=True)
     tasks = [BabiTask(test_questions(folder, number), text, tokenizer) for number in config.tasks]

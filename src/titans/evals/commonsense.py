@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from titans.data.choices import Item, choice_files, read_choices, task_name
-from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.generate import select_rows, stream
 from titans.models.lm import TitansLM
 
@@ -83,13 +83,9 @@ def commonsense(
     """Score every file of `config.paths`; the tokenizer defaults to bytes.
 
     Raises ValueError, in one line, for a file that is none of the layouts and for a tokenizer
-    with more tokens than the model.
+    that is not the model's.
     """
-    tokenizer = tokenizer or ByteTokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
+    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     tasks = []
     for path in choice_files(config.paths):
         items = islice(read_choices(path, config.answer), config.limit or None)

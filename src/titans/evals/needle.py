@@ -13,7 +13,7 @@ import numpy as np
 
 from titans.data.haystack import Sample, prose
 from titans.data.needle import KINDS, NeedleTask, check_kind
-from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.evals.answers import answer, exact, wilson
 from titans.evals.report import readable
 from titans.models.lm import TitansLM
@@ -53,6 +53,8 @@ class NeedleConfig:
                 raise ValueError(f"depths are for kinds with one needle to find, got {kind!r}")
         if not self.kinds or not self.lengths:
             raise ValueError("kinds or lengths is empty: expected at least one of each")
+        if min(self.lengths) < 1:
+            raise ValueError(f"lengths must be at least 1, got {list(self.lengths)}")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must lie in [0, 1], got {list(self.depths)}")
         for name in ("samples", "rows"):
@@ -96,9 +98,10 @@ def needle(
     """Ask; `watch` sees every cell as it is done. The tokenizer is the byte tokenizer by default.
 
     Sample i of a kind has the same words and values at every length and depth. ValueError for
-    files that are missing and for lengths that do not hold a question.
+    files that are missing, a tokenizer that is not the
+    model's and lengths that do not hold a question.
     """
-    tokenizer = tokenizer or ByteTokenizer()
+    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     (words,) = expand_paths((config.words,))
     in_prose = any(KINDS[kind].haystack == "prose" for kind in config.kinds)
     text = prose(expand_paths(config.paths), tokenizer, held_out=True) if in_prose else None

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from titans.data.documents import read_documents
-from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from titans.generate import read_piece, select_rows
 from titans.models.lm import TitansLM
 from titans.state import ModelState
@@ -144,14 +144,10 @@ def perplexity(
 ) -> PerplexityResult:
     """Read the documents of `config.paths` with the model; the tokenizer defaults to bytes.
 
-    Raises ValueError, in one line, for files that cannot be read, a tokenizer with more tokens
-    than the model, and where no document has two tokens.
+    Raises ValueError, in one line, for files that cannot be read, a tokenizer that is not
+    the model's, and where no document has two tokens.
     """
-    tokenizer = tokenizer or ByteTokenizer()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
+    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     positions, scored = Positions(), []
     begin, before = 0, None
     documents = tokenized(config, tokenizer)

@@ -63,6 +63,10 @@ class RecallConfig:
             raise ValueError(f"pairs must lie in 1..{self.keys}, got {list(self.pairs)}")
         if not 1 <= self.most_trained <= self.keys:
             raise ValueError(f"most_trained must lie in 1..{self.keys}, got {self.most_trained}")
+        if self.most_trained.bit_count() != 1:
+            raise ValueError(f"most_trained must be a power of two, got {self.most_trained}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if min(self.rows, self.head_dim, self.layers) < 1 or self.learning_rate <= 0:
             raise ValueError(
                 "expected rows, head_dim and layers of at least 1, and learning_rate > 0"
