@@ -3,9 +3,10 @@
     TITANS_DATA_DIR=... python results/needle/run.py [--model NAME ...] [--workers 2] [--table-only]
 
 RULER's three single-needle tasks in RULER's words. Every model has the same size (within 2 %) and
-the same training in two runs: short rows until values are copied, then rows of up to 4,096 tokens
-on which gates have to close (configs below). Then it is asked at ever longer prompts. Words, values
-and books of the tests do not occur in training (`titans.data.haystack`).
+the same training in three runs: short rows until values are copied, rows of up to 4,096 tokens on
+which gates have to close, and the longest rows alone (configs below). Then it is asked at ever
+longer prompts. Words, values and books of the tests do not occur in training
+(`titans.data.haystack`).
 
 TITANS_DATA_DIR holds `needle/{noun,adjective}list.txt`, `books/*.txt.gz` and
 `text/wikitext-2/train.txt.gz` (training prose with numbers in it, which the books hardly have).
@@ -47,7 +48,7 @@ TRAINED = (*KINDS, "single-3", "single-3")  # most rows: a uuid has 36 tokens to
 LENGTHS = (2048, 4096, 8192, 16384, 65536, 2**18, 2**20, 2**21, 10 * 2**20)
 VOCABULARY = 2048
 SEED = 0
-COPYING_STEPS, CLOSING_STEPS, TOKENS = 600, 2400, 4096
+COPYING_STEPS, CLOSING_STEPS, KEEPING_STEPS, TOKENS = 600, 2400, 600, 4096
 SWEEP_MODEL, SWEEP_LENGTHS = "Titans MAC", (2048, 4096, 8192, 16384)
 SWEEP_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOST = 0.05  # a model that finds no more than this is not asked at greater lengths
@@ -132,61 +133,77 @@ def prepare_tokenizer(root: Path, path: Path = TOKENIZER) -> None:
     BPETokenizer.train(texts(), VOCABULARY, path, isolate=CODES)
 
 
-def copying(name: str, data: DataConfig, optimizer: OptimizerConfig) -> RunConfig:
+def copying(name: str, data: DataConfig) -> RunConfig:
     """The first run: rows of 128 tokens with up to three needles, until values are copied."""
-    return RunConfig(
-        model=model_config(name),
-        data=replace(data, lengths=(128,), facts_max=3, needle=replace(data.needle, dense=1.0)),
-        train=TrainConfig(
-            steps=COPYING_STEPS,
-            tokens_per_batch=TOKENS,
-            write_cost=0.0,
-            eval_every=100,
-            eval_batches=2,
-            checkpoint_every=50,
-            keep_checkpoints=1,
-            seed=SEED,
-            threads=1,
-        ),
-        optimizer=replace(optimizer, learning_rate=3e-3, warmup=50, min_ratio=0.3),
-    )
+    data = replace(data, lengths=(128,), facts_max=3, needle=replace(data.needle, dense=1.0))
+    return run_config(name, data, COPYING_STEPS, 3e-3, warmup=50, min_ratio=0.3)
 
 
-def closing(name: str, data: DataConfig, optimizer: OptimizerConfig, start: Path) -> RunConfig:
+def closing(name: str, data: DataConfig) -> RunConfig:
     """The second: ever longer rows, half of them just like a test, and a price on writing (which
     only gates that can close have; others pay none)."""
-    own = name.startswith("Titans")
+    data = replace(
+        data,
+        lengths=(128, 256, 512),
+        facts_max=4,
+        stages=(500, 1200, 1900),
+        # Short rows stay among them: they have the most answers to learn from.
+        stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (512, 2048, 4096)),
+        stage_write_costs=(0.1, 0.5, 3.0) if pays(name) else (0.0, 0.0, 0.0),
+    )
+    return run_config(name, data, CLOSING_STEPS, 2e-3, write_cost=0.02)
+
+
+def keeping(name: str, data: DataConfig) -> RunConfig:
+    """The third: the longest rows alone, at the highest price. What is lost at great lengths is
+    lost to what prose makes a memory write."""
+    data = replace(data, lengths=(4096,), facts_max=4)
+    return run_config(name, data, KEEPING_STEPS, 1e-3, write_cost=3.0)
+
+
+RUNS = (copying, closing, keeping)
+
+
+def pays(name: str) -> bool:
+    return name.startswith("Titans")
+
+
+def run_config(
+    name: str,
+    data: DataConfig,
+    steps: int,
+    rate: float,
+    *,
+    write_cost: float = 0.0,
+    warmup: int = 30,
+    min_ratio: float = 0.05,
+) -> RunConfig:
     return RunConfig(
         model=model_config(name),
-        data=replace(
-            data,
-            lengths=(128, 256, 512),
-            facts_max=4,
-            stages=(500, 1200, 1900),
-            # Short rows stay among them: they have the most answers to learn from.
-            stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (512, 2048, 4096)),
-            stage_write_costs=(0.1, 0.5, 3.0) if own else (0.0, 0.0, 0.0),
-        ),
+        data=data,
         train=TrainConfig(
-            steps=CLOSING_STEPS,
+            steps=steps,
             tokens_per_batch=TOKENS,
-            initial_model=str(start),
-            write_cost=0.02 if own else 0.0,
+            write_cost=write_cost if pays(name) else 0.0,
             eval_every=100,
             eval_batches=2,
             checkpoint_every=50,
             keep_checkpoints=1,
-            seed=SEED + 1,
             threads=1,
         ),
-        optimizer=replace(optimizer, learning_rate=2e-3, warmup=30, min_ratio=0.05),
+        optimizer=OptimizerConfig(
+            learning_rate=rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            warmup=warmup,
+            min_ratio=min_ratio,
+        ),
     )
 
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
-    """Both trainings of one model, or what is left of them; its weights are kept in `weights`."""
-    name = job["model"]
-    folder = runs / name.replace(" ", "-")
+    """All trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
+    name, start, logged = job["model"], None, []
     data = DataConfig(
         task="needle",
         paths=(str(root / "books"), str(root / "text/wikitext-2/train.txt.gz")),
@@ -194,19 +211,20 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         text_weight=0.1,
         needle=NeedleRows(kinds=TRAINED, words=str(root / "needle"), dense=0.5),
     )
-    optimizer = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.01)
-    first = train(copying(name, data, optimizer), folder / "copying", progress=False)
-    if first.finished:
-        start = first.checkpoint / "model.safetensors"
-        second = train(closing(name, data, optimizer, start), folder / "closing", progress=False)
-    if not first.finished or not second.finished:
-        raise KeyboardInterrupt
-    load(second.checkpoint / "model.safetensors").save(weights(name))
-    logged = [read_metrics(r.folder / "metrics.jsonl") for r in (first, second)]
+    for number, make in enumerate(RUNS):
+        config = make(name, data)
+        again = replace(config.train, initial_model=start, seed=SEED + number)
+        folder = runs / name.replace(" ", "-") / make.__name__
+        done = train(replace(config, train=again), folder, progress=False)
+        if not done.finished:
+            raise KeyboardInterrupt
+        start = str(done.checkpoint / "model.safetensors")
+        logged.append(read_metrics(folder / "metrics.jsonl"))
+    load(start).save(weights(name))
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
         "copied": [r["valid_token_recall"] for run in logged for r in run if "valid_loss" in r],
-        "open": logged[1][-1]["open"],
+        "open": logged[-1][-1]["open"],
         "train_minutes": sum(training_seconds(run, TOKENS) for run in logged) / 60,
     }
 
@@ -270,8 +288,9 @@ def write_page(rows: list[Row]) -> None:
         f"of {trained[0]['parameters']:,} parameters (within 2 %), two layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,} (letters and digits of codes are tokens of",
         "their own, as digits are to Llama's); trained on rows of at most 4,096 tokens",
-        f"({COPYING_STEPS + CLOSING_STEPS:,} steps of {TOKENS:,} tokens, float32), one",
-        "seed. Words, values and books of the tests do not occur in training: nouns, adjectives",
+        f"({COPYING_STEPS + CLOSING_STEPS + KEEPING_STEPS:,} steps of {TOKENS:,} tokens, float32)",
+        "in the form of this task (the paper's are language models), one seed.",
+        "Words, values and books of the tests do not occur in training: nouns, adjectives",
         "and values by a hash, books by name; training has WikiText-2 too. Below a model's row is",
         "the paper's, where there is one (170M to 760M parameters, Llama's tokens). Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
