@@ -90,17 +90,8 @@ def read_json_lines(path: Path, answer: str) -> Iterator[Item]:
 
 
 def read_row(row: Any, where: str, answer: str) -> Item:
-    keys = set(row) if isinstance(row, dict) else set()
-    if {"passage", "question", "answer"} <= keys:  # BoolQ
-        passage, asked = strings([row["passage"], row["question"]], "passage and question", where)
-        gold = int(row["answer"]) if isinstance(row["answer"], bool) else row["answer"]
-        query = f"{passage.rstrip()}\nQuestion: {asked.rstrip().removesuffix('?')}?"
-        row = {"query": query, "choices": ["no", "yes"], "gold": gold}
-    elif {"context", "question", *SIQA, "label"} <= keys:
-        context, asked = strings([row["context"], row["question"]], "context and question", where)
-        gold = {"1": 0, "2": 1, "3": 2}.get(str(row["label"]), row["label"])
-        choices = [row[key] for key in SIQA]
-        row = {"query": f"{context.rstrip()} {asked}", "choices": choices, "gold": gold}
+    if isinstance(row, dict):
+        row = as_query(row, where)
     keys = set(row) if isinstance(row, dict) else set()
     if {"query", "choices"} <= keys:
         choices = strings(row["choices"], "choices", where)
@@ -116,6 +107,21 @@ def read_row(row: Any, where: str, answer: str) -> Item:
             f"got {sorted(keys) or type(row).__name__}"
         )
     return item(contexts, choices, row.get("gold"), where)
+
+
+def as_query(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of BoolQ or SIQA as one with query, choices and gold; any other as it is."""
+    if {"passage", "question", "answer"} <= row.keys():
+        passage, asked = strings([row["passage"], row["question"]], "passage and question", where)
+        gold = int(row["answer"]) if isinstance(row["answer"], bool) else row["answer"]
+        query = f"{passage.rstrip()}\nQuestion: {asked.rstrip().removesuffix('?')}?"
+        return {"query": query, "choices": ["no", "yes"], "gold": gold}
+    if {"context", "question", *SIQA, "label"} <= row.keys():
+        context, asked = strings([row["context"], row["question"]], "context and question", where)
+        gold = {"1": 0, "2": 1, "3": 2}.get(str(row["label"]), row["label"])
+        choices = [row[key] for key in SIQA]
+        return {"query": f"{context.rstrip()} {asked}", "choices": choices, "gold": gold}
+    return row
 
 
 def read_endings(path: Path) -> Iterator[Item]:
