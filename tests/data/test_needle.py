@@ -31,9 +31,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make(folder, kind, held_out=True, tokenizer=BYTES):
+def make(folder, kind, held_out=True, tokenizer=BYTES, stray=0.0):
     text = prose([folder / "books"], tokenizer, held_out)
-    return NeedleTask(kind, folder, text, tokenizer, held_out)
+    return NeedleTask(kind, folder, text, tokenizer, held_out, stray)
 
 
 def read(pieces):
@@ -293,6 +293,39 @@ def test_answers_in_the_tests_form_begin_anywhere_in_a_segment(folder):
     begins = answers.int().argmax(1) % 64
     assert len(begins.unique()) > 32
     assert answers.sum(1).ge(9).all()  # none of them is cut off
+
+
+@pytest.mark.parametrize("dense", [0.0, 1.0])
+def test_stray_numbers_stand_in_prose_and_are_not_learned(folder, dense):
+    bare, stray = (
+        NeedleBatches(
+            [make(folder, kind, False, stray=count) for kind in ("single-1", "single-2")],
+            lengths=(1920,),
+            tokens_per_batch=1920,
+            questions=(1, 2),
+            dense=dense,
+            text_weight=0.25,
+            seed=4,
+        )
+        for count in (0.0, 10.0)
+    )
+    found = []
+    for step in range(20):
+        without, batch = bare.batch(step), stray.batch(step)
+        assert batch.tokens.shape == without.tokens.shape
+        text = BYTES.decode(batch.tokens[0].tolist())
+        noise = "The grass is green" in text
+        assert noise == torch.equal(batch.tokens, without.tokens)
+        labels, weights = batch.labels[0], batch.weights[0]
+        assert re.findall(r"is: (\d{7})\.", text), "the needle is there"
+        words = "".join(chr(b) if w == 0 else "|" for b, w in zip(labels, weights, strict=True))
+        unknown = [word.strip() for word in words.split("|") if word]
+        values = [word for word in unknown if re.fullmatch(r"\d{7}", word)]
+        asked = "".join(chr(b) for b in labels[batch.answers[0]])
+        assert asked and set(asked.strip(" .").split(". ")) <= set(values)
+        if not noise:
+            found.append(len(unknown) - len(values))
+    assert 14 < np.mean(found) < 24  # 19.2 are expected
 
 
 def test_mistakes_are_named(folder, tmp_path):

@@ -109,6 +109,7 @@ def test_questions_have_a_section_of_their_own(tmp_path):
     [
         (NeedleRows, {"kinds": ()}, "data.needle.kinds is empty"),
         (NeedleRows, {"kinds": ("single",)}, "unknown needle kind 'single'; known: single-1"),
+        (NeedleRows, {"stray": -1.0}, r"data.needle.stray must lie in \[0, 50\], got -1.0"),
         (NeedleRows, {"dense": 1.5}, r"data.needle.dense must lie in \[0, 1\], got 1.5"),
         (BabiRows, {"tasks": (0,)}, r"data.babi.tasks must be numbers from 1 on, got \[0\]"),
         (BabiRows, {"tasks": ()}, "data.babi.tasks must be"),

@@ -41,6 +41,12 @@ HOPS = 4  # of a chain of variables
 LETTERS = 5  # of a variable's name
 ATTEMPTS = 100  # at a row whose words fit
 AFTER = 64  # tokens of haystack that may follow an answer in training
+STRAY_MOST = 50  # stray numbers per 1,000 tokens
+STRAY_FORMS = (
+    *("{number}", "{number}", "{number}{letter}", "{number:,}", "({number})", "[{number}]"),
+    *("No. {number}", "p. {number}", "${number:,}", "{number}.{small}", "{small}:{small:02d}"),
+    *("{number}-{small}", "{number}, {small}.", "_{number}_", "{letter}{number}"),
+)
 
 Words = Literal["words", "numbers", "uuids"]
 
@@ -121,12 +127,20 @@ class NeedleTask:
     """Samples of one kind, from one side of the split."""
 
     def __init__(
-        self, kind: str, words: Path, text: Ring | None, tokenizer: Tokenizer, held_out: bool
+        self,
+        kind: str,
+        words: Path,
+        text: Ring | None,
+        tokenizer: Tokenizer,
+        held_out: bool,
+        stray: float = 0.0,
     ) -> None:
         """words: a folder with `nounlist.txt` and `adjectivelist.txt` (wonderwords' lists, or
-        the user's own). text: the prose, where the kind is hidden in prose."""
+        the user's own). text: the prose, where the kind is hidden in prose. stray: in prose,
+        numbers of no needle per 1,000 tokens, see `stray_number`; 0 for a test."""
         self.kind = check_kind(kind)
         self.tokenizer, self.held_out = tokenizer, held_out
+        self.stray = stray if self.kind.haystack == "prose" else 0.0
         self.nouns = word_list(words / "nounlist.txt", held_out)
         self.adjectives = word_list(words / "adjectivelist.txt", held_out)
         in_prose = self.kind.haystack == "prose"
@@ -161,6 +175,7 @@ class NeedleTask:
             depths[0] = depth
         placed = [*zip(depths, quest.hidden, strict=True)]
         placed += [(generator.random(), unit) for unit in quest.others]
+        placed += self.strays(length, generator)
         room = length - size([head, tail]) - sum(size(unit) for _, unit in placed)
         if room < 0:
             raise ValueError(
@@ -194,8 +209,9 @@ class NeedleTask:
         of the answer is left, which names what is asked. ValueError where not even one fits.
         """
         taken: set[str] = set()
-        placed: list[tuple[float, Unit]] = []
-        room = length
+        placed = self.strays(length, generator)
+        room = length - sum(size(unit) for _, unit in placed)
+        strays = len(placed)
         for _ in range(count):
             quest = self.quest(generator, taken)
             asked = (
@@ -210,7 +226,7 @@ class NeedleTask:
             depths = np.sort(generator.random(len(quest.hidden)))
             placed += [*zip(depths, quest.hidden, strict=True)]
             placed.append((depths[-1] + (1.0 - depths[-1]) * generator.random(), asked))
-        if not placed:
+        if len(placed) == strays:
             raise ValueError(f"a row of {length} tokens is too short for a needle and a question")
         return list(self.woven(room, placed, taken, generator)())
 
@@ -230,6 +246,16 @@ class NeedleTask:
             seed = int(generator.integers(2**63))
             sentences = partial(self.distractors, room, seed, frozenset(taken))
         return lambda: weave(sentences(), hidden)
+
+    def strays(self, length: int, generator: np.random.Generator) -> list[tuple[float, Unit]]:
+        """Numbers of no needle for `length` tokens, at their depths; no one can know them."""
+        if not self.stray:
+            return []
+        count = generator.poisson(self.stray * length / 1000)
+        return [
+            (generator.random(), (self.text(f"{stray_number(generator)} ", STATED),))
+            for _ in range(count)
+        ]
 
     def distractors(self, room: int, seed: int, taken: frozenset[str]) -> Iterator[Unit]:
         """Needles that no one asks for, of other keys than those taken; the first are cut."""
@@ -333,6 +359,18 @@ class NeedleTask:
 
     def text(self, text: str, kind: int = TEXT) -> Piece:
         return Piece(encode(self.tokenizer, text), kind)
+
+
+def stray_number(generator: np.random.Generator) -> str:
+    """A number as books and essays have them: of a page, a year, a sum, an hour, a verse.
+
+    Gates that learned on prose with few numbers write those of other prose as if they were
+    needles, and over a long text they are enough to write over one.
+    """
+    number = int(10 ** generator.uniform(0, 6))  # shorter than a needle's: no test's among them
+    form = STRAY_FORMS[generator.integers(len(STRAY_FORMS))]
+    small, letter = generator.integers(100), string.ascii_lowercase[generator.integers(26)]
+    return form.format(number=number, small=small, letter=letter)
 
 
 def cut(unit: Unit, tokens: int) -> Unit:

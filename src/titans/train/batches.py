@@ -146,7 +146,10 @@ def open_needle(config: RunConfig) -> Data:
     def tasks(held_out: bool) -> list[NeedleTask]:
         in_prose = any(KINDS[kind].haystack == "prose" for kind in data.needle.kinds)
         text = open_prose(data, tokenizer, held_out) if in_prose else None
-        return [NeedleTask(kind, words, text, tokenizer, held_out) for kind in data.needle.kinds]
+        stray = data.needle.stray
+        return [
+            NeedleTask(kind, words, text, tokenizer, held_out, stray) for kind in data.needle.kinds
+        ]
 
     def batches(stage: Stage, tasks: list[NeedleTask], seed: int) -> NeedleBatches:
         return NeedleBatches(

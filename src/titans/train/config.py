@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from titans.config import TitansConfig, require_positive, to_dict
-from titans.data.needle import check_kind
+from titans.data.needle import STRAY_MOST, check_kind
 from titans.models.heads import check_parts
 
 
@@ -32,6 +32,9 @@ class NeedleRows:
     """Folder with nounlist.txt and adjectivelist.txt."""
     dense: float = 0.5
     """Share of rows with several questions in the text. The others are just like the tests'."""
+    stray: float = 0.0
+    """In prose, numbers of no needle per 1,000 tokens (pages, years, sums), for gates to leave
+    alone."""
 
     def __post_init__(self) -> None:
         if not self.kinds:
@@ -39,6 +42,8 @@ class NeedleRows:
         for kind in self.kinds:
             check_kind(kind)
         require_share("data.needle.dense", self.dense)
+        if not 0 <= self.stray <= STRAY_MOST:
+            raise ValueError(f"data.needle.stray must lie in [0, {STRAY_MOST}], got {self.stray}")
 
 
 @dataclass(frozen=True, kw_only=True)
