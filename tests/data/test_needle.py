@@ -317,12 +317,12 @@ def test_stray_numbers_stand_in_prose_and_are_not_learned(folder, dense):
         noise = "The grass is green" in text
         assert noise == torch.equal(batch.tokens, without.tokens)
         labels, weights = batch.labels[0], batch.weights[0]
-        assert re.findall(r"is: (\d{7})\.", text), "the needle is there"
         words = "".join(chr(b) if w == 0 else "|" for b, w in zip(labels, weights, strict=True))
         unknown = [word.strip() for word in words.split("|") if word]
         values = [word for word in unknown if re.fullmatch(r"\d{7}", word)]
         asked = "".join(chr(b) for b in labels[batch.answers[0]])
-        assert asked and set(asked.strip(" .").split(". ")) <= set(values)
+        assert asked
+        assert set(asked.strip(" .").split(". ")) <= set(values)
         if not noise:
             found.append(len(unknown) - len(values))
     assert 14 < np.mean(found) < 24  # 19.2 are expected

@@ -13,6 +13,7 @@ from torch import nn
 import titans.evals.forecast as module
 from titans.evals.forecast import (
     Errors,
+    ForecastConfig,
     ForecastSettings,
     build,
     evaluate,
@@ -113,9 +114,9 @@ def test_errors_are_over_every_window_whatever_the_batch(seasonal: str) -> None:
 
 def test_a_seed_fixes_a_run(seasonal: str) -> None:
     settings = ForecastSettings(data=seasonal, **{**SMALL, "epochs": 1, "steps": 3})
-    first, again = forecast(settings), forecast(settings)
+    first, again = fit(settings).result, fit(settings).result
     assert (first.mse, first.mae) == (again.mse, again.mae)
-    assert forecast(dataclasses.replace(settings, seed=1)).mse != first.mse
+    assert fit(dataclasses.replace(settings, seed=1)).result.mse != first.mse
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(seasonal: str, monkeypatch) -> None:
@@ -175,6 +176,44 @@ def test_an_example_is_the_window_it_names(seasonal: str, tmp_path: Path) -> Non
         example(fitted, window=289, channels=["a"])
 
 
+def test_models_side_by_side(seasonal: str, tmp_path: Path) -> None:
+    short = {k: v for k, v in SMALL.items() if k != "horizon"} | {"epochs": 1, "steps": 2}
+    config = ForecastConfig(data=seasonal, horizons=(6, 12), window=3, **short)
+    told = []
+    result = forecast(config, watch=told.append)
+    assert [(r.horizon, r.model) for r in result.runs] == [
+        (horizon, model) for horizon in (6, 12) for model in ("lmm", "attention", "dlinear")
+    ]
+    assert tuple(told) == result.runs
+    alone = fit(ForecastSettings(data=seasonal, horizon=12, model="dlinear", **short))
+    assert (result.runs[-1].mse, result.runs[-1].mae) == (alone.result.mse, alone.result.mae)
+    first, second = result.examples
+    assert (first.horizon, second.horizon, second.window) == (6, 12, 3)
+    assert set(second.forecasts) == {"lmm", "attention", "dlinear"}
+    shown = example(alone, window=3, channels=["a", "b"])
+    assert second.forecasts["dlinear"] == shown.forecasts["dlinear"]
+    module.plot(result, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_what_there_is_not_is_refused_before_training(seasonal: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "fit", lambda settings: pytest.fail("trained"))
+    short = {k: v for k, v in SMALL.items() if k != "horizon"}
+    for changes, message in [
+        ({"channels": ("a", "c")}, "no channel 'c'; known: a, b"),
+        ({"horizons": (12, 48), "window": 280}, r"window must lie in 0\.\.252, got 280"),
+        ({"horizons": (12, 720)}, "too short for look-back 48 and horizon 720"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            forecast(ForecastConfig(data=seasonal, **short, **changes))
+    for changes, message in [
+        ({"models": ("lmm", "lstm")}, "models must be one of lmm, attention, dlinear, got 'lstm'"),
+        ({"horizons": ()}, "models and horizons must not be empty"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ForecastConfig(data=seasonal, **changes)
+
+
 def test_bad_settings(without_shape_checks) -> None:
     for changes, message in [
         ({"model": "lstm"}, "model must be one of lmm, attention, dlinear, got 'lstm'"),
@@ -191,7 +230,7 @@ def test_diverging_training_is_named(seasonal: str) -> None:
         data=seasonal, model="dlinear", **{**SMALL, "learning_rate": 1e30, "loss": "mse"}
     )
     with pytest.raises(NonFiniteError, match="step 2: the loss is not finite"):
-        forecast(settings)
+        fit(settings)
 
 
 def test_report_files(tmp_path: Path) -> None:

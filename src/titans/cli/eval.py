@@ -41,7 +41,7 @@ SUITES = {
     "recall": Suite("recall", "RecallConfig", "train on pairs, and ask for ever more", False),
     "ablation": Suite("ablation", "AblationConfig", "train models with one thing changed", False),
     "dna": Suite("dna", "DNAConfig", "train and test classifiers of sequences", False),
-    "forecast": Suite("forecast", "ForecastSettings", "train and test a forecaster", False),
+    "forecast": Suite("forecast", "ForecastConfig", "train and test forecasters", False),
 }
 
 
@@ -116,10 +116,12 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.out is not None:
         from titans.evals.report import write_json
 
-        write_json(options.out / f"{options.suite}.json", content)
+        written = [f"{options.suite}.json"]
+        write_json(options.out / written[0], content)
         if hasattr(module, "plot"):
-            module.plot(result, options.out / f"{options.suite}.png")
-        print(f"Wrote {options.suite}.json to {options.out}/")
+            written.append(f"{options.suite}.png")
+            module.plot(result, options.out / written[1])
+        print(f"Wrote {' and '.join(written)} to {options.out}/")
     if options.json:
         print(json.dumps(content))
 
@@ -142,6 +144,8 @@ def show(result: Any) -> None:
             continue  # the settings, which the user knows
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             names = [f.name for f in dataclasses.fields(value[0])]
+            if any(isinstance(getattr(value[0], name), dict) for name in names):
+                continue  # the plot shows it
             table = Table(*names, title=field.name)
             for row in value:
                 table.add_row(*(text_of(getattr(row, name)) for name in names))

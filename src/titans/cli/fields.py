@@ -56,7 +56,15 @@ def whole(text: str) -> int:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the string that stands after it in the source."""
+    """Field -> the string that stands after it in the source, of the class or one it extends."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= own_field_docs(base)
+    return found
+
+
+def own_field_docs(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     found: dict[str, str] = {}

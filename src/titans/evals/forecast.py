@@ -1,14 +1,15 @@
 """Long-term forecasting: how far off are H steps, of every channel, from every test window?
 
-Errors are over all windows, channels and steps of the test part, on standardised values, as the
-field reports them, and no window is dropped. The memory begins every window at M_0. Training,
-early stopping and tuning see the training and validation parts alone.
+The memory, the same backbone with attention in its place, and DLinear, in one run. Errors are over
+all windows, channels and steps of the test part, on standardised values, as the field reports
+them, and no window is dropped. The memory begins every window at M_0. Training, early stopping and
+tuning see the training and validation parts alone.
 """
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,15 +33,11 @@ Loss = Literal["mse", "mae", "huber"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForecastSettings:
-    """One run: data, model and training."""
+class ForecastTraining:
+    """Data, sizes and training, whatever the model and the horizon."""
 
     data: str
     """A CSV file with a `date` column; plain, .gz or .bz2."""
-    model: ForecastModel = "lmm"
-    """lmm: the memory; attention: the same with attention in its place; dlinear."""
-    horizon: int = 96
-    """Steps to forecast; the field has 96, 192, 336 and 720."""
     lookback: int = 336
     """Steps that a forecast sees."""
     split: Split = "auto"
@@ -75,15 +72,58 @@ class ForecastSettings:
     always read whole."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", ForecastModel), ("loss", Loss)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        require_known("loss", self.loss, Loss)
         for name in ("batch_size", "steps", "epochs", "patience", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0 or self.weight_decay < 0:
             raise ValueError("learning_rate must be positive and weight_decay not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastSettings(ForecastTraining):
+    """One model at one horizon."""
+
+    model: ForecastModel = "lmm"
+    """See `ForecastConfig.models`."""
+    horizon: int = 96
+    """Steps to forecast."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_known("model", self.model, ForecastModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig(ForecastTraining):
+    """Models side by side, each trained anew for every horizon."""
+
+    models: tuple[ForecastModel, ...] = ("lmm", "attention", "dlinear")
+    """lmm: the memory; attention: the same with attention in its place; dlinear."""
+    horizons: tuple[int, ...] = (96,)
+    """Steps to forecast; the field has 96, 192, 336 and 720."""
+    channels: tuple[str, ...] = ()
+    """Drawn in the plot; none named: the first and the last of the file."""
+    window: int = 0
+    """Which test window is drawn, 0 being the first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.models or not self.horizons:
+            raise ValueError("models and horizons must not be empty")
+        for model in self.models:
+            require_known("models", model, ForecastModel)
+
+    def settings(self, model: ForecastModel, horizon: int) -> ForecastSettings:
+        """Of one of the runs."""
+        shared = {f.name: getattr(self, f.name) for f in fields(ForecastTraining)}
+        return ForecastSettings(model=model, horizon=horizon, **shared)
+
+
+def require_known(name: str, value: str, kind: Any) -> None:
+    """ValueError for what is not one of the strings of a Literal."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 class Errors(NamedTuple):
@@ -94,7 +134,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForecastResult:
+class ForecastRun:
     """What a run gave; errors of the test part on standardised values."""
 
     data: str
@@ -124,23 +164,70 @@ class Fitted:
     settings: ForecastSettings
     model: nn.Module
     data: ForecastData
-    result: ForecastResult
+    result: ForecastRun
 
 
-def forecast(settings: ForecastSettings) -> ForecastResult:
-    """Train on the training part, stop by the validation part, score the test part."""
-    return fit(settings).result
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One test window in the file's own units, per channel; forecasts also by model."""
+
+    data: str
+    horizon: int
+    window: int
+    past: dict[str, list[float]]
+    truth: dict[str, list[float]]
+    forecasts: dict[str, dict[str, list[float]]]
 
 
-def fit(settings: ForecastSettings) -> Fitted:
-    """`forecast`, with the trained model."""
-    data = load_forecast_data(
+@dataclass(frozen=True, kw_only=True)
+class ForecastResult:
+    """examples: the window of the plot, one a horizon."""
+
+    config: ForecastConfig
+    runs: tuple[ForecastRun, ...]
+    examples: tuple[Example, ...]
+
+
+def forecast(
+    config: ForecastConfig, watch: Callable[[ForecastRun], object] | None = None
+) -> ForecastResult:
+    """Train every model on the training part, stop by the validation part, score the test part.
+
+    watch: is told each run as soon as it is there. ValueError, before any training, for data that
+    cannot be read or do not fit, and a window or channel that there is not.
+    """
+    channels = []
+    for horizon in config.horizons:
+        data = load(config.settings(config.models[0], horizon))
+        channels = list(dict.fromkeys(config.channels or (data.channels[0], data.channels[-1])))
+        chosen_window(data, config.window, channels)
+    runs, examples = [], []
+    for horizon in config.horizons:
+        shown: list[Example] = []
+        for model in config.models:
+            fitted = fit(config.settings(model, horizon))
+            runs.append(fitted.result)
+            shown.append(example(fitted, config.window, channels))
+            if watch is not None:
+                watch(fitted.result)
+        forecasts = {name: values for one in shown for name, values in one.forecasts.items()}
+        examples.append(replace(shown[0], forecasts=forecasts))
+    return ForecastResult(config=config, runs=tuple(runs), examples=tuple(examples))
+
+
+def load(settings: ForecastSettings) -> ForecastData:
+    return load_forecast_data(
         settings.data,
         lookback=settings.lookback,
         horizon=settings.horizon,
         split=settings.split,
         missing=settings.missing,
     )
+
+
+def fit(settings: ForecastSettings) -> Fitted:
+    """One of the runs of `forecast`, with the trained model."""
+    data = load(settings)
     torch.manual_seed(settings.seed)
     model = build(settings)
     begin = time.perf_counter()
@@ -148,7 +235,7 @@ def fit(settings: ForecastSettings) -> Fitted:
     trained = time.perf_counter()
     test = data.windows("test")
     errors = evaluate(model, test)
-    result = ForecastResult(
+    result = ForecastRun(
         data=data.name,
         model=settings.model,
         horizon=settings.horizon,
@@ -168,29 +255,11 @@ def fit(settings: ForecastSettings) -> Fitted:
     return Fitted(settings, model, data, result)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One test window in the file's own units, per channel; forecasts also by model."""
-
-    data: str
-    horizon: int
-    window: int
-    past: dict[str, list[float]]
-    truth: dict[str, list[float]]
-    forecasts: dict[str, dict[str, list[float]]]
-
-
 @torch.inference_mode()
 def example(fitted: Fitted, window: int, channels: Sequence[str]) -> Example:
     """What a trained model forecasts in test window `window`, 0 being the first."""
-    data, test = fitted.data, fitted.data.windows("test")
-    if not 0 <= window < test.count:
-        raise ValueError(f"window must lie in 0..{test.count - 1}, got {window}")
-    for name in channels:
-        if name not in data.channels:
-            raise ValueError(f"no channel {name!r}; known: {', '.join(data.channels)}")
-    chosen = torch.tensor([data.channels.index(name) for name in channels])
-    past, future = test.pairs(torch.full_like(chosen, window), chosen)
+    data = fitted.data
+    chosen, past, future = chosen_window(data, window, channels)
     guess = fitted.model.eval()(past)
     mean, std = (torch.from_numpy(x)[chosen, None] for x in (data.mean, data.std))
 
@@ -205,6 +274,26 @@ def example(fitted: Fitted, window: int, channels: Sequence[str]) -> Example:
         truth=recorded(future),
         forecasts={fitted.settings.model: recorded(guess)},
     )
+
+
+def chosen_window(
+    data: ForecastData, window: int, channels: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the channels, and past and future of theirs in a test window; ValueError for one
+    that there is not."""
+    test = data.windows("test")
+    if not 0 <= window < test.count:
+        raise ValueError(f"window must lie in 0..{test.count - 1}, got {window}")
+    for name in channels:
+        if name not in data.channels:
+            raise ValueError(f"no channel {name!r}; known: {', '.join(data.channels)}")
+    chosen = torch.tensor([data.channels.index(name) for name in channels])
+    return chosen, *test.pairs(torch.full_like(chosen, window), chosen)
+
+
+def plot(result: ForecastResult, path: str | Path) -> None:
+    """What every model forecasts in the window of the settings, as a PNG."""
+    plot_examples(result.examples, path)
 
 
 def plot_examples(examples: Sequence[Example], path: str | Path) -> None:
