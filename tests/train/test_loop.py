@@ -16,7 +16,7 @@ from titans.train.batches import open_data
 from titans.train.checkpoint import latest
 from titans.train.loop import new_training, take_step, train
 from titans.train.metrics import MetricsFile, read_metrics
-from titans.train.objective import NonFiniteError, runs_bf16
+from titans.train.objective import NonFiniteError, charge, read_segment, runs_bf16
 from titans.train.signals import stop_request
 
 # argv: config, folder, the step whose row is the last thing the process does.
@@ -221,6 +221,32 @@ def test_the_cost_of_writing_closes_the_gates(tiny, tmp_path):
         for cost in (0.0, 100.0)
     }
     assert opened[100.0] < 0.9 * opened[0.0]
+
+
+def test_few_strong_writes_may_cost_less_than_many_weak_ones(tiny):
+    half = 0.1
+    gate = torch.tensor([0.0, 0.1, 0.9], requires_grad=True)
+    assert charge(gate, 0.0) is gate
+    charge(gate, half).sum().backward()
+    assert charge(gate, half).tolist() == pytest.approx([0.0, 0.5, 0.9])
+    assert gate.grad.tolist() == pytest.approx([10.0, 2.5, 0.1])
+    config = tiny(write_cost=1.0, write_half=half)
+    data, training = open_data(config), new_training(config, torch.device("cpu"))
+    batch = data.at(0).train.batch(0)
+    with torch.no_grad():
+        records = [r for r in training.model.run(batch.tokens).records if r is not None]
+        segment = read_segment(training.model, batch, None, "float32", half)
+    wanted = sum(charge(g, half).mean() for r in records for g in (r.learning_rate, r.decay))
+    assert segment.charged.item() == pytest.approx(wanted.item() / len(records), rel=1e-5)
+    read = []
+
+    def spy(*arguments):
+        read.append(arguments[-1])
+        return read_segment(training.model, *arguments)
+
+    training.reader = spy
+    take_step(training, batch, config)
+    assert read == [half]  # the loop asks for it
 
 
 def test_forgetting_costs_as_writing_does(tiny, tmp_path):

@@ -124,6 +124,7 @@ def test_questions_have_a_section_of_their_own(tmp_path):
         (TrainConfig, {"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         (TrainConfig, {"seed": -1}, "train.seed must not be negative, got -1"),
         (TrainConfig, {"write_cost": -0.1}, "train.write_cost must not be negative"),
+        (TrainConfig, {"write_half": -0.1}, "train.write_half must not be negative"),
     ],
 )
 def test_other_mistakes_are_named(kind, values, message):

@@ -212,6 +212,9 @@ class TrainConfig:
     write_cost: float = 0.02
     """Weight in the loss of the memories' mean learning rate and mean decay: gates learn to close
     on noise, and not to forget for nothing."""
+    write_half: float = 0.0
+    """0: a gate g is charged g. Else g / (g + write_half), half of the price where it is as far
+    open as that: few strong writes then cost less than many weak ones."""
     eval_every: int = 100
     """Steps between evaluations on held-out data; 0 for none."""
     eval_batches: int = 8
@@ -231,7 +234,10 @@ class TrainConfig:
         require_positive(
             self, "steps", "tokens_per_batch", "accumulate", "eval_batches", "keep_checkpoints"
         )
-        for name in ("seed", "clip", "write_cost", "eval_every", "checkpoint_every", "threads"):
+        for name in (
+            *("seed", "clip", "write_cost", "write_half"),
+            *("eval_every", "checkpoint_every", "threads"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
 

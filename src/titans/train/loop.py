@@ -206,7 +206,7 @@ def take_step(
     for part, memory in zip(parts, past, strict=True):
         share = part.tokens.numel() / batch.tokens.numel()
         with summing(training, last=part is parts[-1]):
-            segment = read(part, memory, train.precision)
+            segment = read(part, memory, train.precision, train.write_half)
             # The weights are those of the whole batch, so the parts' losses add up to its mean.
             part_loss = (segment.nll * part.weights).sum()
             check_segment(step, model, part_loss, segment.state)

@@ -20,9 +20,9 @@ class Segment(NamedTuple):
     """What a model made of a batch.
 
     nll: (B, T) nats, 0 where the label is ignored. likeliest: (B, T), the tokens it would have
-    said. open: mean learning rate of the memories, 0 for a model without one. charged: likewise
-    of learning rate and decay, what the cost of writing is for. state: what it remembers after the
-    last token.
+    said. open: mean learning rate of the memories, 0 for a model without one. charged: mean
+    `charge` of learning rates and decays, what the cost of writing is for. state: what it remembers
+    after the last token.
     """
 
     nll: Tensor
@@ -33,7 +33,11 @@ class Segment(NamedTuple):
 
 
 def read_segment(
-    model: TitansLM, batch: Batch, memory: ModelState | None, precision: str
+    model: TitansLM,
+    batch: Batch,
+    memory: ModelState | None,
+    precision: str,
+    write_half: float = 0.0,
 ) -> Segment:
     """Read a batch, going on from `memory` or, without one, from the model's learned start."""
     device = batch.tokens.device.type
@@ -41,11 +45,25 @@ def read_segment(
         read = model.losses(batch.tokens, batch.labels, memory)
     records = [record for record in read.records if record is not None]
     none = read.nll.new_zeros(())
-    rates = [record.learning_rate.mean() for record in records]
-    decays = [none if record.decay is None else record.decay.mean() for record in records]
-    opened = torch.stack(rates).mean() if rates else none
-    charged = opened + torch.stack(decays).mean() if decays else none
+    rates = [record.learning_rate for record in records]
+    decays = [none if record.decay is None else record.decay for record in records]
+
+    def mean(gates: list[Tensor]) -> Tensor:
+        return torch.stack([gate.mean() for gate in gates]).mean() if gates else none
+
+    opened = mean(rates)
+    charged = mean([charge(g, write_half) for g in rates])
+    charged = charged + mean([charge(g, write_half) for g in decays])
     return Segment(read.nll, read.likeliest, opened, charged, read.state)
+
+
+def charge(gate: Tensor, half: float) -> Tensor:
+    """What an open gate costs: itself, or g / (g + half), which tends to 1 for all that are open.
+
+    The first presses on needles and noise alike, so that what is worth remembering is written
+    weakly; the second on weak writes most, and leaves the strong ones alone.
+    """
+    return gate / (gate + half) if half else gate
 
 
 def runs_bf16(precision: str, device: str) -> bool:

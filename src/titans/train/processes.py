@@ -219,8 +219,10 @@ class Reader(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, memory: ModelState | None, precision: str) -> Segment:
-        segment = read_segment(self.model, batch, memory, precision)
+    def forward(
+        self, batch: Batch, memory: ModelState | None, precision: str, write_half: float
+    ) -> Segment:
+        segment = read_segment(self.model, batch, memory, precision, write_half)
         return segment._replace(state=segment.state.detach())
 
 
