@@ -141,8 +141,8 @@ def binding(name: str, root: Path) -> RunConfig:
 
 
 def spreading(name: str, root: Path, start: Path) -> RunConfig:
-    """The second: all tasks, facts that are ever further apart, and a price on writing that
-    closes the gates of those that can close them."""
+    """The second: all tasks, facts that are ever further apart, and a price on open gates, however
+    far open (`train.write_half`), that closes those that can close."""
     own = name.startswith("Titans")
     data = replace(
         data_config(root, TASKS, 0.7),
@@ -154,7 +154,7 @@ def spreading(name: str, root: Path, start: Path) -> RunConfig:
     return RunConfig(
         model=model_config(name),
         data=data,
-        train=train_config(900, SEED + 1, initial_model=str(start)),
+        train=train_config(900, SEED + 1, initial_model=str(start), write_half=0.1),
         optimizer=replace(OPTIMIZER, learning_rate=2e-3, min_ratio=0.05),
     )
 
