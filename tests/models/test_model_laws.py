@@ -206,6 +206,24 @@ def test_every_parameter_learns(variant: str) -> None:
     assert silent == []
 
 
+@pytest.mark.parametrize("variant", ["mac", "mag"])
+def test_the_map_after_the_product_can_be_left_out(variant: str) -> None:
+    """o = y (x) M(y) as the paper has it goes into the residual stream as it is."""
+    model, bare = build(variant), build(variant, combine_output=False)
+    outputs = {n for n, _ in model.named_parameters() if "mixer.output" in n}
+    assert len(outputs) == 2
+    assert {n for n, _ in bare.named_parameters()} == {
+        n for n, _ in model.named_parameters() if n not in outputs
+    }
+    shared = {n: p for n, p in model.state_dict().items() if n not in outputs}
+    bare.load_state_dict(shared)
+    with torch.no_grad():
+        for name in outputs:
+            model.get_parameter(name).copy_(torch.eye(16))
+    tokens = some_tokens()
+    torch.testing.assert_close(bare(tokens)[0], model(tokens)[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck(variant: str) -> None:
     model = build(variant, layers=1, vocab_size=7, dim=4, ffn_hidden=4, persistent=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from titans.config import TitansConfig
 from titans.layers.attention import SegmentAttention, SegmentState
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
-from titans.models.parts import Combine, PersistentTokens
+from titans.models.parts import Combine, PersistentTokens, combine_output
 from titans.state import State
 
 
@@ -46,7 +46,7 @@ class MACMixer(nn.Module):
         )
         self.memory = NeuralMemory(config.memory)
         self.combine = Combine(config)
-        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        self.output = combine_output(config)
 
     def init_state(self, batch_size: int) -> MACState:
         memory = self.memory.init_state(batch_size)

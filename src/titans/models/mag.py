@@ -9,7 +9,7 @@ from titans.config import TitansConfig
 from titans.distributed import Peers
 from titans.layers.attention import SlidingWindowAttention, WindowState
 from titans.layers.memory import MemoryRecord, MemoryState, NeuralMemory
-from titans.models.parts import Combine, PersistentTokens
+from titans.models.parts import Combine, PersistentTokens, combine_output
 from titans.state import State
 
 
@@ -33,7 +33,7 @@ class MAGMixer(nn.Module):
         )
         self.memory = NeuralMemory(config.memory)
         self.combine = Combine(config)
-        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        self.output = combine_output(config)
 
     def init_state(self, batch_size: int) -> MAGState:
         prefix = self.persistent(batch_size)

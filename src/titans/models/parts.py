@@ -39,3 +39,8 @@ class Combine(nn.Module):
         gate = self.memory_norm(memory.to(wide))
         gate = nn.functional.silu(gate) if self.activation == "silu" else gate.sigmoid()
         return self.attention_norm(attention.to(wide)) * gate
+
+
+def combine_output(config: TitansConfig) -> nn.Module:
+    """What follows the combination on its way into the residual stream."""
+    return nn.Linear(config.dim, config.dim, bias=False) if config.combine_output else nn.Identity()
