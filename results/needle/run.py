@@ -354,7 +354,8 @@ def write_page(rows: list[Row]) -> None:
             lines += ["", f"## {row['model']} by depth", ""]
             lines += ["![found, by length and depth](depths.png)", ""]
             lines += [f"{cells[0].asked} questions a cell; 0 % is the beginning of the prompt."]
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
+    dates = {row["date"] for row in rows}
+    machines = {one for row in rows for one in row["machine"].split("; ")}  # a training may move
     lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
     (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
 
