@@ -275,8 +275,8 @@ class TitansConfig:
     """Non-linearity of MAG's and MAC's combination y * act(m) of the two normalised branches;
     the paper does not name it."""
     combine_output: bool = True
-    """A map after that product, which the paper's equations do not have. Without it the memory
-    learns to recall much sooner (docs/results.md)."""
+    """A map after that product, which the paper's equations do not have. Without it MAC mostly
+    begins to recall sooner (docs/results.md)."""
     rope_base: float = 10_000.0
     tie_embeddings: bool = True
     memory: MemoryConfig = field(default_factory=MemoryConfig)
