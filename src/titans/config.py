@@ -319,6 +319,8 @@ class TitansConfig:
         name. Fields younger than the first memory files count where they are not at their default.
         """
         content = dataclasses.asdict(self) | {"memory": hashed_fields(self.memory)}
+        if self.combine_output:
+            del content["combine_output"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

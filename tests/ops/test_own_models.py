@@ -189,6 +189,7 @@ def test_the_hash_of_models_without_them_has_not_changed() -> None:
     assert TitansConfig().hash() == HASH
     given = MemoryConfig(network="mlp", retention="decay", optimizer="momentum", window=1)
     assert TitansConfig(memory=given).hash() == HASH
+    assert TitansConfig(combine_output=False).hash() != HASH
     own = [
         {"objective": "huber"},
         {"retention": "kl"},
