@@ -182,7 +182,7 @@ def test_gates_at_their_corners(impl, network, chunk_size, corner, decay, dtype)
         else:
             # At this corner all grows a million times, and the error of the exact form's solve.
             grows = impl == "exact" and corner == {"momentum": 1.0, "decay": 1.0}
-            assert_errs_no_more_than_the_reference(case.to(dtype), impl, 64 if grows else 16)
+            assert_errs_no_more_than_the_reference(case.to(dtype), impl, 64 if grows else 8)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_float32(impl, network, chunk_size):
     assert_errs_no_more_than_the_reference(case, impl)
 
 
-def assert_errs_no_more_than_the_reference(case, impl, times=16):
+def assert_errs_no_more_than_the_reference(case, impl, times=8):
     """float32 against float64, tensor by tensor: sums in another order may err `times` as much
     as the float32 reference does, and 16 units in the last place are always allowed. One draw of
     rounding against one: over six seeds of `test_float32` the quotient was 1.7 to 4.7."""
