@@ -199,7 +199,7 @@ def test_models_side_by_side(seasonal: str, tmp_path: Path) -> None:
 def test_what_there_is_not_is_refused_before_training(
     seasonal: str, monkeypatch, without_shape_checks
 ) -> None:
-    monkeypatch.setattr(module, "fit", lambda settings: pytest.fail("trained"))
+    monkeypatch.setattr(module, "fit", lambda *_: pytest.fail("trained"))
     short = {k: v for k, v in SMALL.items() if k != "horizon"}
     for changes, message in [
         ({"channels": ("a", "c")}, "no channel 'c'; known: a, b"),

@@ -209,9 +209,9 @@ class NeedleTask:
         of the answer is left, which names what is asked. ValueError where not even one fits.
         """
         taken: set[str] = set()
-        placed = self.strays(length, generator)
-        room = length - sum(size(unit) for _, unit in placed)
-        strays = len(placed)
+        placed: list[tuple[float, Unit]] = []
+        strays = self.strays(length, generator)
+        room = length - sum(size(unit) for _, unit in strays)
         for _ in range(count):
             quest = self.quest(generator, taken)
             asked = (
@@ -226,9 +226,9 @@ class NeedleTask:
             depths = np.sort(generator.random(len(quest.hidden)))
             placed += [*zip(depths, quest.hidden, strict=True)]
             placed.append((depths[-1] + (1.0 - depths[-1]) * generator.random(), asked))
-        if len(placed) == strays:
+        if not placed:
             raise ValueError(f"a row of {length} tokens is too short for a needle and a question")
-        return list(self.woven(room, placed, taken, generator)())
+        return list(self.woven(room, [*strays, *placed], taken, generator)())
 
     def woven(
         self,

@@ -196,16 +196,16 @@ def forecast(
     watch: is told each run as soon as it is there. ValueError, before any training, for data that
     cannot be read or do not fit, and a window or channel that there is not.
     """
-    channels = []
-    for horizon in config.horizons:
-        data = load(config.settings(config.models[0], horizon))
-        channels = list(dict.fromkeys(config.channels or (data.channels[0], data.channels[-1])))
+    series = [load(config.settings(config.models[0], horizon)) for horizon in config.horizons]
+    known = series[0].channels
+    channels = list(dict.fromkeys(config.channels or (known[0], known[-1])))
+    for data in series:
         chosen_window(data, config.window, channels)
     runs, examples = [], []
-    for horizon in config.horizons:
+    for horizon, data in zip(config.horizons, series, strict=True):
         shown: list[Example] = []
         for model in config.models:
-            fitted = fit(config.settings(model, horizon))
+            fitted = fit(config.settings(model, horizon), data)
             runs.append(fitted.result)
             shown.append(example(fitted, config.window, channels))
             if watch is not None:
@@ -225,9 +225,9 @@ def load(settings: ForecastSettings) -> ForecastData:
     )
 
 
-def fit(settings: ForecastSettings) -> Fitted:
-    """One of the runs of `forecast`, with the trained model."""
-    data = load(settings)
+def fit(settings: ForecastSettings, data: ForecastData | None = None) -> Fitted:
+    """One of the runs of `forecast`, with the trained model. data: of `load`, where it is there."""
+    data = load(settings) if data is None else data
     torch.manual_seed(settings.seed)
     model = build(settings)
     begin = time.perf_counter()
