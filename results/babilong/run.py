@@ -43,6 +43,7 @@ TASKS = (1, 2, 3, 4, 5)
 LENGTHS = (0, 1024, 4096, 16384, 65536, 2**18, 2**20)
 VOCABULARY = 2048
 SEED = 0
+STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of prose
 
 BASE = TitansConfig(
     variant="mac",
@@ -142,11 +143,14 @@ def binding(name: str, root: Path) -> RunConfig:
 
 
 def spreading(name: str, root: Path, start: Path) -> RunConfig:
-    """The second: all tasks, facts that are ever further apart, and a price on open gates, however
-    far open (`train.write_half`), that closes those that can close."""
+    """The second: all tasks, facts that are ever further apart, ends of facts about no one that is
+    asked for, as novels have them, and a price on open gates, however far open
+    (`train.write_half`), that closes those that can close."""
     own = name.startswith("Titans")
+    data = data_config(root, TASKS, 0.7)
     data = replace(
-        data_config(root, TASKS, 0.7),
+        data,
+        babi=replace(data.babi, stray=STRAY),
         lengths=(256,),
         stages=(300, 500, 700),
         stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (2048, 4096)),

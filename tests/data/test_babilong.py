@@ -172,16 +172,48 @@ def batches(task, lengths=(300,), dense=0.5, seed=0):
     )
 
 
-def test_rows_of_the_tests_form_end_with_their_answer(task):
-    batch = batches(task, dense=0.0).batch(0)
-    assert batch.tokens.shape == (4, 300)
-    for labels, answers in zip(batch.labels, batch.answers, strict=True):
-        text = BYTES.decode(labels.tolist())
-        given = BYTES.decode(labels[answers].tolist())
-        assert text.endswith("Answer:" + given)
-        assert text.count("Answer:") == 1
-    assert batch.weights[batch.answers].sum().item() == pytest.approx(1.0, rel=1e-5)
-    assert batch.weights[~batch.answers].sum().item() == pytest.approx(0.5, rel=1e-5)
+def test_rows_of_the_tests_form_have_one_answer_and_a_little_more_text(task):
+    begins = set()
+    for step in range(30):
+        batch = batches(task, dense=0.0).batch(step)
+        assert batch.tokens.shape == (4, 300)
+        for labels, answers in zip(batch.labels, batch.answers, strict=True):
+            text = BYTES.decode(labels.tolist())
+            given = BYTES.decode(labels[answers].tolist())
+            before, _, after = text.partition("Answer:")
+            assert before.count("Question:") == 1
+            assert after.startswith(given)
+            left = after.removeprefix(given)
+            assert left[:12] == "\n\n<context>\n"[: len(left)]
+            assert len(left) < 64
+            begins.add(int(answers.int().argmax()) % 64)
+        assert batch.weights[batch.answers].sum().item() == pytest.approx(1.0, rel=1e-5)
+        assert batch.weights[~batch.answers].sum().item() == pytest.approx(0.5, rel=1e-5)
+    assert len(begins) > 32  # of a segment of 64, as those of the tests
+
+
+@pytest.mark.parametrize("dense", [0.0, 1.0])
+def test_strays_are_ends_of_facts_that_no_one_asks_for(folder, dense):
+    text = prose([folder / "book.md"], BYTES, True)
+    questions = babilong.test_questions(folder, 1)[:2]
+    bare, stray = (BabiTask(questions, text, BYTES, stray=rate) for rate in (0.0, 10.0))
+    found = []
+    for step in range(20):
+        batch = batches(stray, lengths=(1200,), dense=dense).batch(step)
+        assert batch.tokens.shape == (1, 1200)
+        labels, weights = batch.labels[0], batch.weights[0]
+        unknown = "".join(chr(b) if w == 0 else "|" for b, w in zip(labels, weights, strict=True))
+        strays = [text.strip() for text in unknown.split("|") if text]
+        for text in strays:
+            assert re.search(r"(bathroom|hallway|milk there)\.$", text)
+            assert not text.startswith(("Mary", "John"))
+        known = BYTES.decode(labels[weights > 0].tolist())
+        assert known.count("Mary moved to the bathroom. ") == 1
+        assert known.count("Question:") == (2 if dense and "carrying" in known else 1)
+        found.append(len(strays))
+        plain = batches(bare, lengths=(1200,), dense=dense).batch(step)
+        assert (plain.weights > 0).all()
+    assert 8 < np.mean(found) < 14  # 12 are expected, and some stand side by side
 
 
 def test_batches_are_a_function_of_seed_and_step(task):

@@ -10,7 +10,9 @@ from titans.evals.ablation import BASE, PARTS, AblationConfig, ablation, at_chun
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM
 
-ONE_THING = {name for name in PARTS if not name.endswith("-sigmoid") and "linear" not in name}
+DELTA = ("gated-deltanet", "gated-deltanet-closing")
+OTHER_RULE = ("-sigmoid", "linear", "deltanet")
+ONE_THING = {name for name in PARTS if not any(word in name for word in OTHER_RULE)}
 
 
 @pytest.fixture
@@ -51,6 +53,12 @@ def test_a_part_changes_what_it_says_and_nothing_else():
     }
     names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
     assert names <= {1, 2}  # depth with its learning rate, gates with what ties them
+
+
+def test_gated_deltanet_beside_its_rule_with_gates_that_close_differs_in_them_alone():
+    own, closing = (TitansLM(PARTS[n].config).config for n in DELTA)
+    assert own.memory != closing.memory
+    assert dataclasses.replace(own.memory, gates="closing") == closing.memory
 
 
 def test_every_part_can_be_built():

@@ -13,18 +13,40 @@ in the other order): `training_questions` leaves those out.
 
 import re
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from titans.data.documents import read_documents
-from titans.data.facts import ANSWER, TEXT, Batch
-from titans.data.haystack import Piece, Ring, Sample, Unit, batch_of, encode, row_of, size, weave
+from titans.data.facts import ANSWER, STATED, TEXT, Batch
+from titans.data.haystack import (
+    AFTER,
+    Piece,
+    Ring,
+    Sample,
+    Unit,
+    batch_of,
+    encode,
+    row_of,
+    scatter,
+    size,
+    weave,
+)
 from titans.data.tokenizers import Tokenizer
 
-BEFORE, AFTER = "<context>\n", "\n</context>\n\n"
+OPEN, CLOSE = "<context>\n", "\n</context>\n\n"
+AGAIN = f"\n\n{OPEN}"  # after an answer
 ATTEMPTS = 100  # at a question that fits a row
+STRAY_SUBJECTS = (
+    *("", "", "", "He", "She", "They", "I", "We", "You", "It", "Nobody", "Everyone", "Then"),
+    *("Her father", "My friend", "His wife", "The doctor", "The old man", "A servant"),
+    *("the children", "and so", "Mr. Brown", "Miss Gray", "Tom", "Alice", "Henry", "Ellen"),
+)
+
+Placed = tuple[float, Unit]
+"""What is hidden, and at which depth or offset."""
 
 
 class Line(NamedTuple):
@@ -116,8 +138,16 @@ def read_questions(path: Path) -> list[Question]:
 class BabiTask:
     """Samples of a list of questions in a text."""
 
-    def __init__(self, questions: Sequence[Question], text: Ring, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        text: Ring,
+        tokenizer: Tokenizer,
+        stray: float = 0.0,
+    ) -> None:
+        """stray: in training rows, `stray_fact` so many times in 1,000 tokens."""
         self.questions, self.ring, self.tokenizer = questions, text, tokenizer
+        self.stray = stray
         self.labels = sorted({part for q in questions for part in q.answer.split(",")})
 
     def sample(
@@ -125,32 +155,42 @@ class BabiTask:
         question: Question,
         length: int,
         generator: np.random.Generator,
-        with_answer: bool = False,
+        strays: Sequence[Placed] = (),
     ) -> Sample:
         """A prompt of exactly `length` tokens, or as long as its facts and question are.
 
-        A length of 0 gives facts alone. with_answer: `length` counts the answer too.
+        A length of 0 gives facts alone. strays: what else is hidden, at depths from 0 to 1.
         """
-        answer = encode(self.tokenizer, f" {question.answer}.")
-        head, tail = self.text(BEFORE), self.text(AFTER + asked(question.text))
+        answer = self.answer(question).tokens
+        head, tail = self.text(OPEN), self.text(CLOSE + asked(question.text))
         facts: list[Unit] = [(self.text(fact + " "),) for fact in question.facts]
-        needed = size([head, tail]) + sum(size(fact) for fact in facts)
-        room = max(length - needed - (len(answer) if with_answer else 0), 0)
-        offsets = room * np.sort(generator.random(len(facts)))
+        placed = [*zip(np.sort(generator.random(len(facts))), facts, strict=True), *strays]
+        needed = size([head, tail]) + sum(size(unit) for _, unit in placed)
+        room = max(length - needed, 0)
+        hidden = spread(placed, room)
         end = self.ring.random_end(generator)
 
         def pieces() -> Iterator[Piece]:
             yield head
-            hidden = list(zip(offsets.tolist(), facts, strict=True))
             yield from weave(self.ring.sentences(room, end), hidden)
             yield tail
 
         return Sample(room + needed, pieces, answer, (question.answer,), question.text)
 
     def row(self, question: Question, length: int, generator: np.random.Generator) -> list[Piece]:
-        """A sample and its answer: what a test has, for training. `length` tokens or more."""
-        sample = self.sample(question, length, generator, with_answer=True)
-        return [*sample.pieces(), Piece(sample.answer, ANSWER)]
+        """A sample and its answer, what a test has, for training, and a little more haystack.
+        `length` tokens or more.
+
+        Without what follows every answer would end where a segment of MAC does (`NeedleTask.row`).
+        """
+        after = int(generator.integers(min(AFTER, length // 4)))
+        answer = self.answer(question)
+        prompt = length - after - size([answer])
+        sample = self.sample(question, prompt, generator, self.strays(length, generator))
+        again = self.text(AGAIN)
+        more = self.ring.sentences(max(after - size([again]), 0), self.ring.random_end(generator))
+        begun = Piece(again.tokens[:after])
+        return [*sample.pieces(), answer, begun, *(piece for unit in more for piece in unit)]
 
     def dense_row(
         self, question: Question, length: int, generator: np.random.Generator
@@ -161,21 +201,50 @@ class BabiTask:
         """
         lines = (*question.before, Line(question.text, question.answer))
         units = [self.unit(line) for line in lines]
-        head = self.text(BEFORE)
-        room = max(length - size([head]) - sum(size(unit) for unit in units), 0)
-        offsets = room * np.sort(generator.random(len(units)))
-        offsets[-1] = room  # the last one is asked at the end
-        hidden = list(zip(offsets.tolist(), units, strict=True))
-        return [head, *weave(self.ring.sentences(room, self.ring.random_end(generator)), hidden)]
+        head = self.text(OPEN)
+        depths = np.sort(generator.random(len(units)))
+        depths[-1] = 1.0  # the last one is asked at the end
+        placed = [*zip(depths, units, strict=True), *self.strays(length, generator)]
+        room = max(length - size([head]) - sum(size(unit) for _, unit in placed), 0)
+        sentences = self.ring.sentences(room, self.ring.random_end(generator))
+        return [head, *weave(sentences, spread(placed, room))]
+
+    def strays(self, length: int, generator: np.random.Generator) -> list[Placed]:
+        def unit() -> Unit:
+            question = self.questions[int(generator.integers(len(self.questions)))]
+            fact = question.facts[int(generator.integers(len(question.facts)))]
+            return (self.text(f"{stray_fact(fact, generator)} ", STATED),)
+
+        return scatter(self.stray, length, unit, generator)
 
     def unit(self, line: Line) -> Unit:
         if line.answer is None:
             return (self.text(line.text + " "),)
-        question, again = self.text(AFTER + asked(line.text)), self.text(f"\n\n{BEFORE}")
-        return question, self.text(f" {line.answer}.", ANSWER), again
+        question, again = self.text(CLOSE + asked(line.text)), self.text(AGAIN)
+        return question, self.answer(line), again
+
+    def answer(self, asked: Line | Question) -> Piece:
+        return self.text(f" {asked.answer}.", ANSWER)
 
     def text(self, text: str, kind: int = TEXT) -> Piece:
         return Piece(encode(self.tokenizer, text), kind)
+
+
+def spread(placed: Sequence[Placed], room: int) -> list[Placed]:
+    """Depths from 0 to 1 made offsets in `room` tokens, rising."""
+    return sorted(((room * depth, unit) for depth, unit in placed), key=itemgetter(0))
+
+
+def stray_fact(fact: str, generator: np.random.Generator) -> str:
+    """The end of a statement, said of someone else: books have rooms and places too.
+
+    Gates that learned on other prose write them as if they were facts, and over a long text they
+    are enough to write over one.
+    """
+    words = fact.split()
+    kept = int(generator.integers(2, 6))
+    subject = STRAY_SUBJECTS[int(generator.integers(len(STRAY_SUBJECTS)))]
+    return " ".join([subject, *words[max(len(words) - kept, 1) :]]).strip()
 
 
 def asked(question: str) -> str:

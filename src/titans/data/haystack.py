@@ -26,6 +26,9 @@ HELD_OUT_BOOKS = ("austen-persuasion", "chesterton-thursday", "1184-0")
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
+AFTER = 64  # tokens of haystack that may follow an answer in training
+STRAY_MOST = 50  # units of `scatter` per 1,000 tokens
+
 _CLOSE, _OPEN = "\"'\u201d\u2019)_", "\"'\u201c\u2018(_"  # quotes and their like
 # A full stop, if what follows looks like a beginning.
 _SENTENCE_END = re.compile(
@@ -154,6 +157,17 @@ def split_sentences(text: str) -> list[str]:
     text += " "
     cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
     return [text[a:b] for a, b in pairwise(cuts)]
+
+
+def scatter(
+    per_thousand: float, length: int, unit: Callable[[], Unit], generator: np.random.Generator
+) -> list[tuple[float, Unit]]:
+    """Units for `length` tokens of training text, so many per 1,000 on the mean, at depths from
+    0 to 1: what looks like something to remember and is not, for gates to leave alone."""
+    if not per_thousand:
+        return []
+    count = generator.poisson(per_thousand * length / 1000)
+    return [(generator.random(), unit()) for _ in range(count)]
 
 
 def weave(sentences: Iterable[Unit], hidden: Sequence[tuple[float, Unit]]) -> Iterator[Piece]:

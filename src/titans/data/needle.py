@@ -24,6 +24,7 @@ import numpy as np
 from titans.data.documents import read_documents
 from titans.data.facts import ANSWER, STATED, TEXT, Batch, is_held_out
 from titans.data.haystack import (
+    AFTER,
     Piece,
     Ring,
     Sample,
@@ -32,6 +33,7 @@ from titans.data.haystack import (
     encode,
     noise,
     row_of,
+    scatter,
     size,
     weave,
 )
@@ -40,8 +42,6 @@ from titans.data.tokenizers import Tokenizer
 HOPS = 4  # of a chain of variables
 LETTERS = 5  # of a variable's name
 ATTEMPTS = 100  # at a row whose words fit
-AFTER = 64  # tokens of haystack that may follow an answer in training
-STRAY_MOST = 50  # stray numbers per 1,000 tokens
 STRAY_FORMS = (
     *("{number}", "{number}", "{number}{letter}", "{number:,}", "({number})", "[{number}]"),
     *("No. {number}", "p. {number}", "${number:,}", "{number}.{small}", "{small}:{small:02d}"),
@@ -249,13 +249,11 @@ class NeedleTask:
 
     def strays(self, length: int, generator: np.random.Generator) -> list[tuple[float, Unit]]:
         """Numbers of no needle for `length` tokens, at their depths; no one can know them."""
-        if not self.stray:
-            return []
-        count = generator.poisson(self.stray * length / 1000)
-        return [
-            (generator.random(), (self.text(f"{stray_number(generator)} ", STATED),))
-            for _ in range(count)
-        ]
+
+        def unit() -> Unit:
+            return (self.text(f"{stray_number(generator)} ", STATED),)
+
+        return scatter(self.stray, length, unit, generator)
 
     def distractors(self, room: int, seed: int, taken: frozenset[str]) -> Iterator[Unit]:
         """Needles that no one asks for, of other keys than those taken; the first are cut."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from titans.baselines import BASELINES
 from titans.config import MemoryConfig, TitansConfig, unknown
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM, load
@@ -47,6 +48,7 @@ def model(**changes: Any) -> TitansConfig:
     return dataclasses.replace(BASE, **changes)
 
 
+DELTA = BASELINES["gated-deltanet"]
 LINEAR = {"depth": 1, "residual": False, "norm": False}
 PARTS = {
     "lmm": Part("LMM", BASE, 27.01),
@@ -75,6 +77,14 @@ PARTS = {
     "mal-sigmoid": Part(
         "MAL, sigmoid gates",
         dataclasses.replace(memory(gates="sigmoid", tie_forgetting=False), variant="mal"),
+    ),
+    "gated-deltanet": Part(
+        "Gated DeltaNet (its gates: sigmoid, exponential)",
+        model(variant="gated-deltanet", memory=MemoryConfig(heads=2)),
+    ),
+    "gated-deltanet-closing": Part(
+        "Gated DeltaNet's rule, gates that close",
+        model(memory=MemoryConfig(heads=2, **{**DELTA.starts, **DELTA.memory, "gates": "closing"})),
     ),
     "key-init": Part("keys start as the queries of the token before", memory(key_init="previous")),
     "gates-per-layer": Part("gates per layer", memory(per_layer_gates=True)),

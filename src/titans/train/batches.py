@@ -177,8 +177,8 @@ def open_babi(config: RunConfig) -> Data:
     for number in data.babi.tasks:
         questions = training_questions(folder, number)
         kept = len(questions) - max(len(questions) // 20, 1)
-        train.append(BabiTask(questions[:kept], texts[False], tokenizer))
-        valid.append(BabiTask(questions[kept:], texts[True], tokenizer))
+        train.append(BabiTask(questions[:kept], texts[False], tokenizer, data.babi.stray))
+        valid.append(BabiTask(questions[kept:], texts[True], tokenizer, data.babi.stray))
 
     def batches(stage: Stage, tasks: list[BabiTask], seed: int) -> BabiBatches:
         return BabiBatches(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from titans.config import TitansConfig, require_positive, to_dict
-from titans.data.needle import STRAY_MOST, check_kind
+from titans.data.haystack import STRAY_MOST
+from titans.data.needle import check_kind
 from titans.models.heads import check_parts
 
 
@@ -42,8 +43,7 @@ class NeedleRows:
         for kind in self.kinds:
             check_kind(kind)
         require_share("data.needle.dense", self.dense)
-        if not 0 <= self.stray <= STRAY_MOST:
-            raise ValueError(f"data.needle.stray must lie in [0, {STRAY_MOST}], got {self.stray}")
+        require_stray("data.needle.stray", self.stray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,15 @@ class BabiRows:
     """Folder of bAbI's files, qa1_..._train.txt and so on."""
     dense: float = 0.5
     """Share of rows with all questions of a story. The others are just like the tests'."""
+    stray: float = 0.0
+    """Pieces of facts about others (`She moved to the kitchen`) per 1,000 tokens of prose, for
+    gates to leave alone."""
 
     def __post_init__(self) -> None:
         if not self.tasks or min(self.tasks) < 1:
             raise ValueError(f"data.babi.tasks must be numbers from 1 on, got {list(self.tasks)}")
         require_share("data.babi.dense", self.dense)
+        require_stray("data.babi.stray", self.stray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +319,11 @@ class RunConfig:
 def require_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def require_stray(name: str, value: float) -> None:
+    if not 0 <= value <= STRAY_MOST:
+        raise ValueError(f"{name} must lie in [0, {STRAY_MOST}], got {value}")
 
 
 def write_cost_at(config: RunConfig, step: int) -> float:
