@@ -76,7 +76,7 @@ TARGETS = {65536: 0.95, 2**20: 0.90}
 
 def samples_at(length: int) -> int:
     """Questions of a cell: fewer where a prompt takes minutes."""
-    return 100 if length <= 4096 else 48 if length <= 16384 else 24 if length <= 65536 else 8
+    return 100 if length <= 4096 else 48 if length <= 16384 else 24
 
 
 def model_config(name: str) -> TitansConfig:
