@@ -164,6 +164,21 @@ def spreading(name: str, root: Path, start: Path) -> RunConfig:
     )
 
 
+def sealing(name: str, root: Path, start: Path) -> RunConfig:
+    """The third: long rows alone, at the highest price. What is lost at great lengths is lost to
+    what prose makes a memory write."""
+    config = spreading(name, root, start)
+    cost = 2.0 if name.startswith("Titans") else 0.0
+    return replace(
+        config,
+        data=replace(
+            config.data, lengths=(1024, 4096), stages=(), stage_lengths=(), stage_write_costs=()
+        ),
+        train=replace(config.train, steps=600, seed=SEED + 2, write_cost=cost),
+        optimizer=replace(config.optimizer, learning_rate=1e-3),
+    )
+
+
 def fit(job: Row, runs: Path, root: Path) -> Row:
     """Both trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
     name = job["model"]

@@ -44,6 +44,12 @@ STRAY_SUBJECTS = (
     *("Her father", "My friend", "His wife", "The doctor", "The old man", "A servant"),
     *("the children", "and so", "Mr. Brown", "Miss Gray", "Tom", "Alice", "Henry", "Ellen"),
 )
+STRAY_ARTICLES = ("the", "the", "a", "his", "her", "my", "your", "their", "that", "an old")
+STRAY_PLACES = (
+    *("house", "room", "hall", "street", "church", "town", "door", "river", "window", "field"),
+    *("shop", "palace", "village", "city", "carriage", "forest", "library", "stable", "station"),
+)
+STRAY_ENDS = (".", ".", ".", ",", ";", "!", "?", " again.", " and")
 
 Placed = tuple[float, Unit]
 """What is hidden, and at which depth or offset."""
@@ -241,10 +247,16 @@ def stray_fact(fact: str, generator: np.random.Generator) -> str:
     Gates that learned on other prose write them as if they were facts, and over a long text they
     are enough to write over one.
     """
-    words = fact.split()
-    kept = int(generator.integers(2, 6))
-    subject = STRAY_SUBJECTS[int(generator.integers(len(STRAY_SUBJECTS)))]
-    return " ".join([subject, *words[max(len(words) - kept, 1) :]]).strip()
+    words = fact.rstrip(".").split()
+    words = words[max(len(words) - int(generator.integers(1, 6)), 1) :]
+
+    def draw(choices: Sequence[str]) -> str:
+        return choices[int(generator.integers(len(choices)))]
+
+    words = [draw(STRAY_ARTICLES) if word == "the" else word for word in words]
+    if words and generator.random() < 0.3:
+        words[-1] = draw(STRAY_PLACES)
+    return " ".join([draw(STRAY_SUBJECTS), *words]).strip() + draw(STRAY_ENDS)
 
 
 def asked(question: str) -> str:
