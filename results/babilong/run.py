@@ -3,8 +3,8 @@
     TITANS_DATA_DIR=... python results/babilong/run.py [--model NAME ...] [--workers 2]
 
 One small model learns task 1 on short rows, then tasks 1 to 5 together on rows of at most 4,096
-tokens (configs below), and is asked at ever longer prompts. Test questions and books do not occur
-in training (`titans.data.babilong`).
+tokens, at last on the long ones alone (configs below), and is asked at ever longer prompts. Test
+questions and books do not occur in training (`titans.data.babilong`).
 
 TITANS_DATA_DIR holds `babi/*qaN_*_{train,test}.txt.gz` and `books/*.txt.gz`. Finished rows of
 results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
@@ -110,9 +110,10 @@ def data_config(root: Path, tasks: tuple[int, ...], dense: float) -> DataConfig:
     )
 
 
-def train_config(steps: int, seed: int, **options: Any) -> TrainConfig:
+def train_config(steps: int, seed: int, start: str | None, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=steps,
+        initial_model=start,
         tokens_per_batch=4096,
         write_cost=0.0,
         eval_every=100,
@@ -130,19 +131,19 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def binding(name: str, root: Path) -> RunConfig:
+def binding(name: str, root: Path, start: str | None) -> RunConfig:
     """The first run: task 1 alone on rows with little else, until where a person is gets bound to
     the person. All five tasks at once had learned nothing after 540 steps."""
     data = data_config(root, (1,), 1.0)
     return RunConfig(
         model=model_config(name),
         data=replace(data, lengths=(192,)),
-        train=train_config(500, SEED),
+        train=train_config(500, SEED, start),
         optimizer=OPTIMIZER,
     )
 
 
-def spreading(name: str, root: Path, start: Path) -> RunConfig:
+def spreading(name: str, root: Path, start: str | None) -> RunConfig:
     """The second: all tasks, facts that are ever further apart, ends of facts about no one that is
     asked for, as novels have them, and a price on open gates, however far open
     (`train.write_half`), that closes those that can close."""
@@ -151,20 +152,20 @@ def spreading(name: str, root: Path, start: Path) -> RunConfig:
     data = replace(
         data,
         babi=replace(data.babi, stray=STRAY),
-        lengths=(256,),
-        stages=(300, 500, 700),
+        lengths=(256, 512),
+        stages=(1300, 1500, 1700),
         stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (2048, 4096)),
         stage_write_costs=(0.05, 0.3, 2.0) if own else (0.0, 0.0, 0.0),
     )
     return RunConfig(
         model=model_config(name),
         data=data,
-        train=train_config(900, SEED + 1, initial_model=str(start), write_half=0.1),
+        train=train_config(1900, SEED + 1, start, write_half=0.1),
         optimizer=replace(OPTIMIZER, learning_rate=2e-3, min_ratio=0.05),
     )
 
 
-def sealing(name: str, root: Path, start: Path) -> RunConfig:
+def sealing(name: str, root: Path, start: str | None) -> RunConfig:
     """The third: long rows alone, at the highest price. What is lost at great lengths is lost to
     what prose makes a memory write."""
     config = spreading(name, root, start)
@@ -180,22 +181,20 @@ def sealing(name: str, root: Path, start: Path) -> RunConfig:
 
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
-    """Both trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
-    name = job["model"]
-    folder = runs / name.replace(" ", "-")
-    first = train(binding(name, root), folder / "binding", progress=False)
-    if first.finished:
-        start = first.checkpoint / "model.safetensors"
-        config = spreading(name, root, start)
-        second = train(config, folder / "spreading", progress=False)
-    if not first.finished or not second.finished:
-        raise KeyboardInterrupt
-    load(second.checkpoint / "model.safetensors").save(weights(name))
-    logged = [read_metrics(run.folder / "metrics.jsonl") for run in (first, second)]
+    """All trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
+    name, start, logged = job["model"], None, []
+    for make in (binding, spreading, sealing):
+        folder = runs / name.replace(" ", "-") / make.__name__
+        done = train(make(name, root, start), folder, progress=False)
+        if not done.finished:
+            raise KeyboardInterrupt
+        start = str(done.checkpoint / "model.safetensors")
+        logged.append(read_metrics(folder / "metrics.jsonl"))
+    load(start).save(weights(name))
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
         "answered": [r["valid_answer_recall"] for run in logged for r in run if "valid_loss" in r],
-        "open": logged[1][-1]["open"],
+        "open": logged[-1][-1]["open"],
         "steps": sum(len(run) for run in logged),
         "train_minutes": sum(training_seconds(run, 4096) for run in logged) / 60,
     }
