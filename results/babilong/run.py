@@ -188,9 +188,10 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         done = train(make(name, root, start), folder, progress=False)
         if not done.finished:
             raise KeyboardInterrupt
-        start = str(done.checkpoint / "model.safetensors")
+        trained = done.checkpoint / "model.safetensors"
+        start = str(trained)
         logged.append(read_metrics(folder / "metrics.jsonl"))
-    load(start).save(weights(name))
+    load(trained).save(weights(name))
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
         "answered": [r["valid_answer_recall"] for run in logged for r in run if "valid_loss" in r],

@@ -216,13 +216,20 @@ def test_strays_are_ends_of_facts_that_no_one_asks_for(folder, dense):
     assert 8 < np.mean(found) < 14  # 12 are expected, and some stand side by side
 
 
+def test_strays_of_a_question_without_a_story(folder):
+    question = babilong.Question((), "Where is Mary?", "bathroom")
+    task = BabiTask([question], prose([folder / "book.md"], BYTES, True), BYTES, stray=10.0)
+    assert "Where is Mary?" in read(task.row(question, 900, draw()))
+
+
 def test_batches_are_a_function_of_seed_and_step(task):
     one, same, other = (batches(task, seed=s) for s in (1, 1, 2))
     for step in range(3):
         assert torch.equal(one.batch(step).tokens, same.batch(step).tokens)
         assert not torch.equal(one.batch(step).tokens, other.batch(step).tokens)
-    with pytest.raises(ValueError, match="a row of 91 tokens is too short for a story"):
-        batches(task, (90,))
+    for length in (2, 90):
+        with pytest.raises(ValueError, match=f"a row of {length + 1} tokens is too short for a"):
+            batches(task, (length,))
 
 
 def test_the_real_files():

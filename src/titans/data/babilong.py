@@ -189,7 +189,7 @@ class BabiTask:
 
         Without what follows every answer would end where a segment of MAC does (`NeedleTask.row`).
         """
-        after = int(generator.integers(min(AFTER, length // 4)))
+        after = int(generator.integers(min(AFTER, 1 + length // 4)))
         answer = self.answer(question)
         prompt = length - after - size([answer])
         sample = self.sample(question, prompt, generator, self.strays(length, generator))
@@ -218,7 +218,8 @@ class BabiTask:
     def strays(self, length: int, generator: np.random.Generator) -> list[Placed]:
         def unit() -> Unit:
             question = self.questions[int(generator.integers(len(self.questions)))]
-            fact = question.facts[int(generator.integers(len(question.facts)))]
+            facts = question.facts or ("",)
+            fact = facts[int(generator.integers(len(facts)))]
             return (self.text(f"{stray_fact(fact, generator)} ", STATED),)
 
         return scatter(self.stray, length, unit, generator)
