@@ -247,6 +247,13 @@ def weights(name: str) -> Path:
     return WEIGHTS / f"{name.replace(' ', '-')}.safetensors"
 
 
+def carried(name: str) -> int:
+    """Numbers in the state of a model after a text longer than its window and its segments."""
+    with torch.no_grad():
+        _, state = TitansLM(model_config(name)).eval()(torch.zeros(1, 512, dtype=torch.long))
+    return sum(tensor.numel() for tensor in state.tensors().values())
+
+
 def test(job: Row, root: Path) -> Row:
     """One kind at one length."""
     torch.set_num_threads(1)
@@ -333,12 +340,21 @@ def write_page(rows: list[Row]) -> None:
         lines += [*markdown_table(("model", *(readable(n) for n in lengths)), table), ""]
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
     lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
+    lines += ["State: numbers (not bytes) that a model carries while it reads.", ""]
     lines += markdown_table(
-        ("model", "parameters", "value tokens copied, on the way", "gates open", "minutes"),
+        (
+            "model",
+            "parameters",
+            "state",
+            "value tokens copied, on the way",
+            "gates open",
+            "minutes",
+        ),
         [
             (
                 r["model"],
                 f"{r['parameters']:,}",
+                f"{carried(r['model']):,}",
                 " ".join(f"{100 * x:.0f}" for x in r["copied"]),
                 f"{100 * r['open']:.2f} %" if r["model"].startswith("Titans") else "",
                 f"{r['train_minutes']:.0f}",
