@@ -76,15 +76,19 @@ BASE = TitansConfig(
     ),
 )
 PAPER_LENGTHS = (2048, 4096, 8192, 16384)
-MODELS: dict[str, Variant] = {
-    "Titans LMM": "lmm",
-    "Titans MAC": "mac",
-    "Titans MAG": "mag",
-    "Titans MAL": "mal",
-    "TTT-MLP": "ttt-mlp",
-    "Gated DeltaNet": "gated-deltanet",
-    "Mamba2": "mamba2",
-    "Sliding attention": "sliding",
+TWO_LAYERS = {"depth": 2, "expansion": 2, "residual": True, "norm": True, "chunk_size": 16}
+# Variant, and what its memory has of its own.
+MODELS: dict[str, tuple[Variant, dict[str, Any]]] = {
+    "Titans LMM": ("lmm", {}),
+    "Titans MAC": ("mac", {}),
+    "Titans MAG": ("mag", {}),
+    "Titans MAL": ("mal", {}),
+    "Titans LMM, two-layer memory": ("lmm", TWO_LAYERS),
+    "Titans MAC, two-layer memory": ("mac", TWO_LAYERS),
+    "TTT-MLP": ("ttt-mlp", {}),
+    "Gated DeltaNet": ("gated-deltanet", {}),
+    "Mamba2": ("mamba2", {}),
+    "Sliding attention": ("sliding", {}),
 }
 # The paper's rows at 2K, 4K, 8K and 16K, for those of the same name.
 PAPER = {
@@ -103,7 +107,10 @@ def samples_at(length: int) -> int:
 
 
 def model_config(name: str) -> TitansConfig:
-    return matched(BASE, MODELS[name], count_parameters(BASE))
+    """The model of a row, at the size of all."""
+    variant, memory = MODELS[name]
+    base = replace(BASE, memory=replace(BASE.memory, **memory))
+    return matched(base, variant, count_parameters(BASE))
 
 
 def prepare_tokenizer(root: Path, path: Path = TOKENIZER) -> None:
@@ -244,7 +251,7 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
 
 
 def weights(name: str) -> Path:
-    return WEIGHTS / f"{name.replace(' ', '-')}.safetensors"
+    return WEIGHTS / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
 
 
 def carried(name: str) -> int:
