@@ -216,6 +216,33 @@ def test_strays_are_ends_of_facts_that_no_one_asks_for(folder, dense):
     assert 8 < np.mean(found) < 14  # 12 are expected, and some stand side by side
 
 
+@pytest.mark.parametrize(
+    ("fact", "ends"),
+    [
+        ("Mary moved to the bathroom.", ("moved to X P", "to X P", "X P", "P")),
+        ("Bill gave the football to Fred.", ("to P", "P")),
+        ("", ("",)),
+    ],
+)
+def test_a_stray_is_the_end_of_a_fact_said_of_someone_else(fact, ends):
+    """Who gave what to whom is a question of task 5, so that no stray says it."""
+
+    def one_of(words):
+        return "|".join(re.escape(word) for word in sorted(set(words), key=len, reverse=True))
+
+    last = fact.rstrip(".").split()[-1:]
+    article, place = one_of(babilong.STRAY_ARTICLES), one_of([*last, *babilong.STRAY_PLACES])
+    forms = "|".join(
+        end.replace("X", f"(?:{article})").replace("P", f"(?:{place})") for end in ends
+    )
+    subject, close = one_of(babilong.STRAY_SUBJECTS), one_of(babilong.STRAY_ENDS)
+    pattern = re.compile(rf"(?:{subject}) ?(?:{forms})(?:{close})")
+    generator = draw()
+    said = {babilong.stray_fact(fact, generator) for _ in range(300)}
+    assert len(said) > 50
+    assert not [text for text in said if not pattern.fullmatch(text)]
+
+
 def test_strays_of_a_question_without_a_story(folder):
     question = babilong.Question((), "Where is Mary?", "bathroom")
     task = BabiTask([question], prose([folder / "book.md"], BYTES, True), BYTES, stray=10.0)

@@ -56,9 +56,14 @@ def test_a_part_changes_what_it_says_and_nothing_else():
 
 
 def test_gated_deltanet_beside_its_rule_with_gates_that_close_differs_in_them_alone():
-    own, closing = (TitansLM(PARTS[n].config).config for n in DELTA)
-    assert own.memory != closing.memory
-    assert dataclasses.replace(own.memory, gates="closing") == closing.memory
+    own, closing = (TitansLM(PARTS[n].config) for n in DELTA)
+    assert own.config.memory != closing.config.memory
+    assert dataclasses.replace(own.config.memory, gates="closing") == closing.config.memory
+    first, second = (
+        {name for name, p in model.named_parameters() if p.numel() and ".gates." not in name}
+        for model in (own, closing)
+    )
+    assert first == second  # neither has persistent tokens
 
 
 def test_every_part_can_be_built():

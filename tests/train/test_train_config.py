@@ -114,6 +114,7 @@ def test_questions_have_a_section_of_their_own(tmp_path):
         (BabiRows, {"tasks": (0,)}, r"data.babi.tasks must be numbers from 1 on, got \[0\]"),
         (BabiRows, {"tasks": ()}, "data.babi.tasks must be"),
         (BabiRows, {"dense": -0.5}, "data.babi.dense must lie"),
+        (BabiRows, {"stray": 1.0, "tasks": (1, 13)}, "data.babi.stray: tasks 11 and 13 are about"),
         (BabiRows, {"stray": 51.0}, r"data.babi.stray must lie in \[0, 50\], got 51.0"),
         (OptimizerConfig, {"learning_rate": 0.0}, "expected learning rates above 0, got 0.0"),
         (OptimizerConfig, {"muon_learning_rate": -1.0}, "learning rates above 0, got -1.0"),

@@ -84,7 +84,10 @@ PARTS = {
     ),
     "gated-deltanet-closing": Part(
         "Gated DeltaNet's rule, gates that close",
-        model(memory=MemoryConfig(heads=2, **{**DELTA.starts, **DELTA.memory, "gates": "closing"})),
+        model(
+            persistent=0,
+            memory=MemoryConfig(heads=2, **{**DELTA.starts, **DELTA.memory, "gates": "closing"}),
+        ),
     ),
     "key-init": Part("keys start as the queries of the token before", memory(key_init="previous")),
     "gates-per-layer": Part("gates per layer", memory(per_layer_gates=True)),

@@ -57,14 +57,16 @@ class BabiRows:
     dense: float = 0.5
     """Share of rows with all questions of a story. The others are just like the tests'."""
     stray: float = 0.0
-    """Pieces of facts about others (`She moved to the kitchen`) per 1,000 tokens of prose, for
-    gates to leave alone."""
+    """Pieces of facts about others (`She moved to the kitchen`) per 1,000 tokens of a row, for
+    gates to leave alone. Not with tasks 11 and 13, in which `she` is someone of the story."""
 
     def __post_init__(self) -> None:
         if not self.tasks or min(self.tasks) < 1:
             raise ValueError(f"data.babi.tasks must be numbers from 1 on, got {list(self.tasks)}")
         require_share("data.babi.dense", self.dense)
         require_stray("data.babi.stray", self.stray)
+        if self.stray and {11, 13} & set(self.tasks):
+            raise ValueError("data.babi.stray: tasks 11 and 13 are about he, she and they")
 
 
 @dataclass(frozen=True, kw_only=True)
