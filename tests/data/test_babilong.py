@@ -97,6 +97,36 @@ def test_facts_in_another_order_make_no_new_question(tmp_path):
     assert left.answer == "bed"
 
 
+def test_facts_and_questions_said_the_other_way_round_make_no_new_question(tmp_path):
+    tested = "1 The hall is east of the bath.\n2 What is {}?\thall\t1\n"
+    others = "1 The bath is west of the hall.\n2 What is {}?\t{}\t1\n"
+    (tmp_path / "qa4_a_test.txt").write_text(tested.format("east of the bath"))
+    (tmp_path / "qa4_a_train.txt").write_text(
+        tested.format("the bath west of")
+        + others.format("east of the bath", "hall")
+        + others.format("the bath west of", "hall")
+        + others.format("west of the hall", "bath")
+        + others.format("the hall east of", "bath")
+    )
+    left = babilong.training_questions(tmp_path, 4)
+    assert [q.answer for q in left] == ["bath", "bath"]
+    assert len({q.identity for q in left}) == 1
+
+
+def test_a_training_is_watched_by_questions_it_has_not_seen():
+    def ask(number, times):
+        line = babilong.Line(f"P{number} is in.")
+        return [babilong.Question((line,), f"Where is P{number}?", "in")] * times
+
+    questions = [*ask(0, 50), *(q for n in range(1, 40) for q in ask(n, 2)), *ask(0, 50)]
+    known, asked = babilong.held_back(questions)
+    assert len(known) + len(asked) == len(questions)
+    assert {q.text for q in asked} == {"Where is P38?", "Where is P39?"}
+    assert not {q.identity for q in known} & {q.identity for q in asked}
+    with pytest.raises(ValueError, match="fewer than two different training questions"):
+        babilong.held_back(ask(0, 50))
+
+
 def test_task_1_is_not_task_10(folder):
     assert babi_file(folder, 1, "test").name == "qa1_a-task_test.txt"
     assert babi_file(folder, 10, "test").name == "qa10_another_test.txt"
@@ -266,7 +296,7 @@ def test_the_real_files():
     tests = babilong.test_questions(root / "babi", 4)
     train = babilong.training_questions(root / "babi", 4)
     assert len(tests) == 1000
-    assert 7000 < len(train) < 8000  # the file repeats many of the tests' questions
+    assert 3000 < len(train) < 3500  # the file repeats most of the tests' questions
     assert not {q.identity for q in tests} & {q.identity for q in train}
     lists = {q.answer for q in babilong.test_questions(root / "babi", 8)}
     assert "milk,football" in lists

@@ -7,8 +7,8 @@ between sentences drawn at random; context and question stand in its template. W
 length counts the whole prompt, question included, and there are no worked examples in front.
 
 Tests ask bAbI's test questions in held-out prose (`prose_files`). bAbI's training files of 10,000
-repeat some of them, in task 4 more than a quarter of the file (half of these with their two facts
-in the other order): `training_questions` leaves those out.
+repeat some of them, in task 4 two thirds of the file, in other words or another order:
+`training_questions` leaves those out.
 """
 
 import re
@@ -39,6 +39,7 @@ from titans.data.tokenizers import Tokenizer
 OPEN, CLOSE = "<context>\n", "\n</context>\n\n"
 AGAIN = f"\n\n{OPEN}"  # after an answer
 ATTEMPTS = 100  # at a question that fits a row
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 STRAY_SUBJECTS = (
     *("", "", "", "He", "She", "They", "I", "We", "You", "It", "Nobody", "Everyone", "Then"),
     *("Her father", "My friend", "His wife", "The doctor", "The old man", "A servant"),
@@ -66,9 +67,26 @@ Identity = tuple[tuple[str, ...], str]
 
 
 def identity(facts: Sequence[str], question: str) -> Identity:
-    """What makes a question the same. Facts in another order do: in task 4 it means nothing, and
-    elsewhere a question too many is left out of the training."""
-    return tuple(sorted(facts)), question
+    """What makes a question the same: its facts, in whatever order and said either way round, and
+    what is asked. Order means something outside task 4; there a question too many is left out of
+    the training."""
+    return tuple(sorted(relation(fact) for fact in facts)), relation(question)
+
+
+def relation(text: str) -> str:
+    """Task 4's `The bed is west of the bath.` and `What is the bath west of?`, said to the north or
+    to the east; any other sentence as it is."""
+    for pattern, form in (
+        (r"The (\w+) is (\w+) of the (\w+)\.", "{0} {1} {2}"),
+        (r"What is()? (\w+) of the (\w+)\?", "? {1} {2}"),
+        (r"What is the (\w+) (\w+) of()?\?", "{0} {1} ?"),
+    ):
+        match = re.fullmatch(pattern, text)
+        if match and match[2] in OPPOSITE:
+            first, way, second = form.format(*match.groups()).split()
+            turned = way in ("south", "west")
+            return f"{second} {OPPOSITE[way]} {first}" if turned else f"{first} {way} {second}"
+    return text
 
 
 class Question(NamedTuple):
@@ -93,6 +111,18 @@ def training_questions(folder: Path, task: int) -> list[Question]:
     asked = {question.identity for question in test_questions(folder, task)}
     questions = read_questions(babi_file(folder, task, "train"))
     return [without(question, asked) for question in questions if question.identity not in asked]
+
+
+def held_back(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
+    """To train on, and to watch the training by: the last twentieth of the different questions.
+
+    ValueError where there are not two of them."""
+    different = list(dict.fromkeys(question.identity for question in questions))
+    if len(different) < 2:
+        raise ValueError("bAbI: fewer than two different training questions that no test asks")
+    asked = set(different[-max(len(different) // 20, 1) :])
+    known = [without(q, asked) for q in questions if q.identity not in asked]
+    return known, [q for q in questions if q.identity in asked]
 
 
 def without(question: Question, asked: set[Identity]) -> Question:

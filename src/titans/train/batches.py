@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titans.data.babilong import BabiBatches, BabiTask, training_questions
+from titans.data.babilong import BabiBatches, BabiTask, held_back, training_questions
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Batch, FactBatches
 from titans.data.haystack import Ring, prose
@@ -167,8 +167,8 @@ def open_needle(config: RunConfig) -> Data:
 
 
 def open_babi(config: RunConfig) -> Data:
-    """bAbI's facts in prose; evaluations ask the last twentieth of the training questions, in
-    held-out prose, and leave the test files to `titans.evals.babilong`."""
+    """bAbI's facts in prose; evaluations ask training questions that are held back, in held-out
+    prose, and leave the test files to `titans.evals.babilong`."""
     data, tokenizer = config.data, load_tokenizer(config.data.tokenizer or "bytes")
     check_vocabulary(config, tokenizer.vocab_size)
     (folder,) = expand_paths((data.babi.folder,))
@@ -176,9 +176,9 @@ def open_babi(config: RunConfig) -> Data:
     train, valid = [], []
     for number in data.babi.tasks:
         questions = training_questions(folder, number)
-        kept = len(questions) - max(len(questions) // 20, 1)
-        train.append(BabiTask(questions[:kept], texts[False], tokenizer, data.babi.stray))
-        valid.append(BabiTask(questions[kept:], texts[True], tokenizer, data.babi.stray))
+        known, asked = held_back(questions)
+        train.append(BabiTask(known, texts[False], tokenizer, data.babi.stray))
+        valid.append(BabiTask(asked, texts[True], tokenizer, data.babi.stray))
 
     def batches(stage: Stage, tasks: list[BabiTask], seed: int) -> BabiBatches:
         return BabiBatches(
