@@ -3,8 +3,8 @@
     TITANS_DATA_DIR=... python results/babilong/run.py [--model NAME ...] [--workers 2]
 
 One small model learns task 1 on short rows, then tasks 1 to 5 together on rows of at most 4,096
-tokens, at last on the long ones alone (configs below), and is asked at ever longer prompts. Test
-questions and books do not occur in training (`titans.data.babilong`).
+tokens, at last on rows of 1,024 and 4,096 (configs below), and is asked at ever longer prompts.
+Test questions and books do not occur in training (`titans.data.babilong`).
 
 TITANS_DATA_DIR holds `babi/*qaN_*_{train,test}.txt.gz` and `books/*.txt.gz`. Finished rows of
 results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
@@ -166,8 +166,8 @@ def spreading(name: str, root: Path, start: str | None) -> RunConfig:
 
 
 def sealing(name: str, root: Path, start: str | None) -> RunConfig:
-    """The third: long rows alone, at the highest price. What is lost at great lengths is lost to
-    what prose makes a memory write."""
+    """The third: no more short rows, and the highest price. What is lost at great lengths is lost
+    to what prose makes a memory write."""
     config = spreading(name, root, start)
     cost = 2.0 if name.startswith("Titans") else 0.0
     return replace(
@@ -238,8 +238,8 @@ def write_page(rows: list[Row]) -> None:
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
         f"({trained[0]['steps']:,} steps of 4,096 tokens, "
         f"{trained[0].get('precision', 'float32')}), one seed.",
-        "Guess: who always says the most frequent answer. Test questions and books do not occur in",
-        "training; 0 tokens are the facts alone. Our targets on task 1: "
+        "Guess: who always says the most frequent answer, at 0 tokens, which are the facts alone.",
+        "Test questions and books do not occur in training. Our targets on task 1: "
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
         + ".",
         "",
@@ -255,7 +255,8 @@ def write_page(rows: list[Row]) -> None:
         if table:
             header = ("task", *(readable(n) for n in lengths), "guess")
             lines += [f"## {name}", "", *markdown_table(header, table), ""]
-    lines += ["## Training", ""]
+    asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
+    lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
     lines += markdown_table(
         ("model", "parameters", "answered on the way", "gates open", "minutes"),
         [

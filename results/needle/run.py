@@ -320,7 +320,9 @@ def write_page(rows: list[Row]) -> None:
         "in the form of this task (the paper's are language models), one seed.",
         "Words, values and books of the tests do not occur in training: nouns, adjectives",
         "and values by a hash, books by name; training has WikiText-2 too. Below a model's row is",
-        "the paper's, where there is one (170M to 760M parameters, Llama's tokens). Keys start as",
+        "the paper's, where there is one (170M to 760M parameters, Llama's tokens, two-layer",
+        "memories in its Titans); the Titans' memories here are linear, one matrix a layer, where",
+        "their name does not say otherwise, TTT-MLP's has two layers. Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
         "asked, so far or because no more than 5 % were found at a shorter length.",
         "",
@@ -347,7 +349,10 @@ def write_page(rows: list[Row]) -> None:
         lines += [*markdown_table(("model", *(readable(n) for n in lengths)), table), ""]
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
     lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
-    lines += ["State: numbers (not bytes) that a model carries while it reads.", ""]
+    lines += [
+        "State: numbers (not bytes) that a model carries while it reads; TTT-MLP's are two sets of"
+    ]
+    lines += ["weights, of the last chunk and of this one.", ""]
     lines += markdown_table(
         (
             "model",
