@@ -43,7 +43,7 @@ TASKS = (1, 2, 3, 4, 5)
 LENGTHS = (0, 1024, 4096, 16384, 65536, 2**18, 2**20)
 VOCABULARY = 2048
 SEED = 0
-STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of prose
+STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of a row
 
 BASE = TitansConfig(
     variant="mac",

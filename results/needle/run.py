@@ -350,9 +350,10 @@ def write_page(rows: list[Row]) -> None:
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
     lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
     lines += [
-        "State: numbers (not bytes) that a model carries while it reads; TTT-MLP's are two sets of"
+        "State: numbers (not bytes) that a model carries while it reads; TTT-MLP's are two sets of",
+        "weights, of the last chunk and of this one.",
+        "",
     ]
-    lines += ["weights, of the last chunk and of this one.", ""]
     lines += markdown_table(
         (
             "model",
