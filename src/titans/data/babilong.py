@@ -13,6 +13,7 @@ repeat some of them, in task 4 two thirds of the file, in other words or another
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,11 @@ OPEN, CLOSE = "<context>\n", "\n</context>\n\n"
 AGAIN = f"\n\n{OPEN}"  # after an answer
 ATTEMPTS = 100  # at a question that fits a row
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+RELATIONS = (
+    r"The (?P<one>\w+) is (?P<way>\w+) of the (?P<other>\w+)\.",
+    r"What is (?P<way>\w+) of the (?P<other>\w+)\?",
+    r"What is the (?P<one>\w+) (?P<way>\w+) of\?",
+)
 STRAY_SUBJECTS = (
     *("", "", "", "He", "She", "They", "I", "We", "You", "It", "Nobody", "Everyone", "Then"),
     *("Her father", "My friend", "His wife", "The doctor", "The old man", "A servant"),
@@ -73,19 +79,17 @@ def identity(facts: Sequence[str], question: str) -> Identity:
     return tuple(sorted(relation(fact) for fact in facts)), relation(question)
 
 
+@cache  # bAbI has few different sentences, and says each of them thousands of times
 def relation(text: str) -> str:
     """Task 4's `The bed is west of the bath.` and `What is the bath west of?`, said to the north or
     to the east; any other sentence as it is."""
-    for pattern, form in (
-        (r"The (\w+) is (\w+) of the (\w+)\.", "{0} {1} {2}"),
-        (r"What is()? (\w+) of the (\w+)\?", "? {1} {2}"),
-        (r"What is the (\w+) (\w+) of()?\?", "{0} {1} ?"),
-    ):
-        match = re.fullmatch(pattern, text)
-        if match and match[2] in OPPOSITE:
-            first, way, second = form.format(*match.groups()).split()
+    for form in RELATIONS:
+        match = re.fullmatch(form, text)
+        if match and match["way"] in OPPOSITE:
+            named = {"one": "?", "other": "?"} | match.groupdict()
+            one, way, other = named["one"], named["way"], named["other"]
             turned = way in ("south", "west")
-            return f"{second} {OPPOSITE[way]} {first}" if turned else f"{first} {way} {second}"
+            return f"{other} {OPPOSITE[way]} {one}" if turned else f"{one} {way} {other}"
     return text
 
 
