@@ -11,7 +11,7 @@ import torch
 
 from titans.data import babilong
 from titans.data.babilong import BabiBatches, BabiTask, babi_file, read_questions
-from titans.data.haystack import prose
+from titans.data.haystack import Ring, prose
 from titans.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -271,6 +271,32 @@ def test_a_stray_is_the_end_of_a_fact_said_of_someone_else(fact, ends):
     said = {babilong.stray_fact(fact, generator) for _ in range(300)}
     assert len(said) > 50
     assert not [text for text in said if not pattern.fullmatch(text)]
+
+
+@pytest.mark.parametrize("dense", [0.0, 1.0])
+def test_echoes_are_sentences_of_the_text_that_say_a_word_of_the_facts(folder, dense):
+    long = f"The bathroom {'and the hall ' * 9}were wet. "
+    said = ["He saw a hallway. ", "All went well. ", "No one moved. "]
+    rain = [f"It rained on day {day}. " for day in range(999)]
+    text = Ring.of([*rain, said[0], long, *said[1:], *rain], BYTES)
+    questions = babilong.test_questions(folder, 1)[:2]
+    told = BabiTask(questions, text, BYTES, echo=10.0)
+    assert sum(map(len, told.spoken)) == 3  # the long one is left out, no one says `milk`
+    found = dict.fromkeys(said, 0)
+    for step in range(20):
+        row = batches(told, lengths=(1200,), dense=dense).batch(step)
+        assert (row.weights > 0).all()  # text like other text
+        for sentence in said:
+            found[sentence] += BYTES.decode(row.labels[0].tolist()).count(sentence)
+    assert 180 < sum(found.values()) < 300  # 240 are expected
+    assert min(found.values()) > 40  # every word as often
+
+
+def test_no_echo_where_the_text_says_no_word_of_the_facts(folder):
+    task = BabiTask(
+        babilong.test_questions(folder, 1), Ring.of(["It rained. "], BYTES), BYTES, echo=10.0
+    )
+    assert read(task.row(task.questions[0], 900, draw())).count("It rained. ") > 50
 
 
 def test_strays_of_a_question_without_a_story(folder):

@@ -116,6 +116,7 @@ def test_questions_have_a_section_of_their_own(tmp_path):
         (BabiRows, {"dense": -0.5}, "data.babi.dense must lie"),
         (BabiRows, {"stray": 1.0, "tasks": (1, 13)}, "data.babi.stray: tasks 11 and 13 are about"),
         (BabiRows, {"stray": 51.0}, r"data.babi.stray must lie in \[0, 50\], got 51.0"),
+        (BabiRows, {"echo": -1.0}, r"data.babi.echo must lie in \[0, 50\], got -1.0"),
         (OptimizerConfig, {"learning_rate": 0.0}, "expected learning rates above 0, got 0.0"),
         (OptimizerConfig, {"muon_learning_rate": -1.0}, "learning rates above 0, got -1.0"),
         (OptimizerConfig, {"betas": (0.9,)}, r"betas must be two of \[0, 1\), got \[0.9\]"),

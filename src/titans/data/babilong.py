@@ -13,7 +13,7 @@ repeat some of them, in task 4 two thirds of the file, in other words or another
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -184,11 +184,13 @@ class BabiTask:
         text: Ring,
         tokenizer: Tokenizer,
         stray: float = 0.0,
+        echo: float = 0.0,
     ) -> None:
         """stray: in training rows, `stray_fact` so many times in 1,000 tokens of the row, of the
-        statements that are about someone."""
+        statements that are about someone. echo: likewise, sentences of the text that say a word
+        of the statements."""
         self.questions, self.ring, self.tokenizer = questions, text, tokenizer
-        self.stray = stray
+        self.stray, self.echo = stray, echo
         self.labels = sorted({part for q in questions for part in q.answer.split(",")})
 
     def sample(
@@ -257,7 +259,23 @@ class BabiTask:
             fact = facts[int(generator.integers(len(facts)))]
             return (self.text(f"{stray_fact(fact, generator)} ", STATED),)
 
-        return scatter(self.stray, length, unit, generator)
+        strays = scatter(self.stray, length, unit, generator)
+        return strays + scatter(self.echo, length, partial(self.said, generator), generator)
+
+    def said(self, generator: np.random.Generator) -> Unit:
+        """A short sentence of the text with a word of the statements, every word as often."""
+        if not self.spoken:
+            return ()
+        spoken = self.spoken[int(generator.integers(len(self.spoken)))]
+        return self.ring.sentence(int(spoken[generator.integers(len(spoken))]))
+
+    @cached_property
+    def spoken(self) -> list[np.ndarray]:
+        """For every word of the statements that the text says, the short sentences that do."""
+        facts = {fact for question in self.questions for fact in question.facts}
+        words = sorted({word for fact in facts for word in re.findall(r"\w+", fact)})
+        found = [self.ring.saying(self.text(f" {word}").tokens) for word in words]
+        return [sentences for sentences in found if len(sentences)]
 
     def unit(self, line: Line) -> Unit:
         if line.answer is None:

@@ -28,6 +28,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 AFTER = 64  # tokens of haystack that may follow an answer in training
 STRAY_MOST = 50  # units of `scatter` per 1,000 tokens
+SHORT = 48  # tokens of a sentence of `Ring.saying`, at most
 
 _CLOSE, _OPEN = "\"'\u201d\u2019)_", "\"'\u201c\u2018(_"  # quotes and their like
 # A full stop, if what follows looks like a beginning.
@@ -80,6 +81,7 @@ class Ring:
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         self.tokens, self.starts = tokens, starts
+        self.found: dict[tuple[int, ...], np.ndarray] = {}
 
     @classmethod
     def of(cls, sentences: Iterable[str], tokenizer: Tokenizer) -> "Ring":
@@ -105,6 +107,22 @@ class Ring:
             yield (Piece(self.tokens[place:stop]),)
             length -= stop - place
             place, index = (0, 1) if stop == len(self.tokens) else (stop, index + 1)
+
+    def sentence(self, index: int) -> Unit:
+        stop = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.tokens)
+        return (Piece(self.tokens[self.starts[index] : stop]),)
+
+    def saying(self, wanted: np.ndarray) -> np.ndarray:
+        """Which sentences, of `SHORT` tokens at most, hold these tokens one after another."""
+        key = tuple(wanted.tolist())
+        if key not in self.found:
+            places = np.flatnonzero(self.tokens[: len(self.tokens) - len(wanted) + 1] == wanted[0])
+            for n, token in enumerate(wanted[1:], start=1):
+                places = places[self.tokens[places + n] == token]
+            index = np.unique(np.searchsorted(self.starts, places, side="right") - 1)
+            stops = np.append(self.starts[1:], len(self.tokens))
+            self.found[key] = index[stops[index] - self.starts[index] <= SHORT]
+        return self.found[key]
 
 
 def noise(tokenizer: Tokenizer) -> Ring:

@@ -177,8 +177,9 @@ def open_babi(config: RunConfig) -> Data:
     for number in data.babi.tasks:
         questions = training_questions(folder, number)
         known, asked = held_back(questions)
-        train.append(BabiTask(known, texts[False], tokenizer, data.babi.stray))
-        valid.append(BabiTask(asked, texts[True], tokenizer, data.babi.stray))
+        hidden = (data.babi.stray, data.babi.echo)
+        train.append(BabiTask(known, texts[False], tokenizer, *hidden))
+        valid.append(BabiTask(asked, texts[True], tokenizer, *hidden))
 
     def batches(stage: Stage, tasks: list[BabiTask], seed: int) -> BabiBatches:
         return BabiBatches(

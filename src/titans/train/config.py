@@ -59,12 +59,16 @@ class BabiRows:
     stray: float = 0.0
     """Pieces of facts about others (`She moved to the kitchen`) per 1,000 tokens of a row, for
     gates to leave alone. Not with tasks 11 and 13, in which `she` is someone of the story."""
+    echo: float = 0.0
+    """Sentences of the prose that say a word of the facts (`She looked into the garden`), likewise
+    per 1,000 tokens of a row."""
 
     def __post_init__(self) -> None:
         if not self.tasks or min(self.tasks) < 1:
             raise ValueError(f"data.babi.tasks must be numbers from 1 on, got {list(self.tasks)}")
         require_share("data.babi.dense", self.dense)
         require_stray("data.babi.stray", self.stray)
+        require_stray("data.babi.echo", self.echo)
         if self.stray and {11, 13} & set(self.tasks):
             raise ValueError("data.babi.stray: tasks 11 and 13 are about he, she and they")
 
