@@ -265,3 +265,22 @@ def test_every_action_documents_itself(capsys, action) -> None:
         main(["memory", action, "--help"])
     assert stop.value.code == 0
     assert f"usage: titans memory {action}" in capsys.readouterr().out
+
+
+def test_writes_names_the_tokens_that_are_written(capsys, model_file, texts) -> None:
+    found = report(capsys, "writes", model_file, texts[0], "--top", 3, "--before", 4)["memories"]
+    model = titans.load(model_file)
+    data = texts[0].read_bytes()
+    expected = inspect.writes(model, torch.tensor([list(data)]), top=3, before=4)
+    assert [memory["memory"] for memory in found] == [0, 1]
+    for memory, written in zip(found, expected, strict=True):
+        assert memory["tokens"] == len(data)
+        assert memory["total"] == pytest.approx(written.total, rel=1e-4)
+        for write in memory["strongest"]:
+            at = write["position"]
+            assert write["token"] == data[at : at + 1].decode()
+            assert write["before"] == data[max(at - 4, 0) : at].decode()
+    shown = run(capsys, "writes", model_file, texts[0], "--top", 3)
+    assert shown.count("memory ") == 2
+    assert shown.count(" at ") == 6
+    assert "no text in it" in refused(capsys, "writes", model_file, "/dev/null")

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.cli.parser import add_json, verb
+from titans.cli.parser import add_json, count, verb
 from titans.cli.reading import (
     add_model,
     add_read,
@@ -65,6 +67,17 @@ def add_memory(verbs: Any) -> None:
     fork.add_argument("--text", nargs="+", metavar="TEXT", help="read these on; - for stdin")
     add_tokenizer(fork)
     add_json(fork)
+
+    writes = verb(
+        actions, "writes", run_writes, "say which tokens of texts a model's memories write"
+    )
+    add_model(writes)
+    writes.add_argument("texts", nargs="+", metavar="TEXT", help="files, folders, or - for stdin")
+    writes.add_argument("--memory", type=Path, help="read on after this memory file")
+    writes.add_argument("--top", type=count, default=10, help="tokens to name for each memory")
+    writes.add_argument("--before", type=count, default=8, help="tokens to show before each")
+    add_tokenizer(writes)
+    add_json(writes)
 
 
 def run_ask(options: argparse.Namespace) -> None:
@@ -196,6 +209,42 @@ def run_fork(options: argparse.Namespace) -> None:
         "memory": str(options.output),
     }
     print(json.dumps(report) if options.json else line)
+
+
+def run_writes(options: argparse.Namespace) -> None:
+    from titans.data.documents import read_blocks
+    from titans.data.tokenizers import encode_blocks
+    from titans.inspect import writes
+
+    model = open_model(options.model)
+    tokenizer = open_tokenizer(options.tokenizer, model)
+    state = None if options.memory is None else open_memory(options.memory, model, tokenizer)
+    tokens = encode_blocks(tokenizer, read_blocks(options.texts))
+    found = writes(model, tokens, state, top=options.top, before=options.before)
+    report = []
+    for number, written in enumerate(found):
+        strongest = [
+            {
+                "rate": write.rate,
+                "position": write.position,
+                "before": tokenizer.decode(list(write.before)),
+                "token": tokenizer.decode([write.token]),
+            }
+            for write in written.strongest
+        ]
+        report.append({"memory": number} | asdict(written) | {"strongest": strongest})
+    if options.json:
+        print(json.dumps({"memories": report}))
+        return
+    for memory in report:
+        print(
+            f"memory {memory['memory']}: learning rates sum to {memory['total']:.4g} in "
+            f"{memory['tokens']:,} tokens; forgetting leaves {math.exp(-memory['forgetting']):.3g} "
+            "of what was there"
+        )
+        for write in memory["strongest"]:
+            shown = f"{write['before']!r} > {write['token']!r}"
+            print(f"  {write['rate']:.3f} at {write['position']:,}: {shown}")
 
 
 def matching_model(name: str, state: "ModelState") -> "TitansLM":

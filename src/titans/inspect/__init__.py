@@ -9,6 +9,7 @@ from titans.inspect.probes import Probe, Recall, probe, recall, recall_curve
 from titans.inspect.rereading import reach, replay, without_writing
 from titans.inspect.steps import Step, explain
 from titans.inspect.weights import Memory, distance, memories, momentum_norm, moved
+from titans.inspect.writes import Write, Written, writes
 
 __all__ = [
     "Memory",
@@ -16,6 +17,8 @@ __all__ = [
     "Probe",
     "Recall",
     "Step",
+    "Write",
+    "Written",
     "distance",
     "explain",
     "memories",
@@ -29,4 +32,5 @@ __all__ = [
     "replay",
     "watch",
     "without_writing",
+    "writes",
 ]
