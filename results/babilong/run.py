@@ -30,6 +30,7 @@ from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
 from titans.evals.jobs import Row, find, kept, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table, percent, readable
+from titans.evals.written import written
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -44,6 +45,7 @@ LENGTHS = (0, 1024, 4096, 16384, 65536, 2**18, 2**20)
 VOCABULARY = 2048
 SEED = 0
 STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of a row
+ECHO = 5.0  # sentences of books with a word of the facts, likewise
 
 BASE = TitansConfig(
     variant="mac",
@@ -151,7 +153,7 @@ def spreading(name: str, root: Path, start: str | None) -> RunConfig:
     data = data_config(root, TASKS, 0.7)
     data = replace(
         data,
-        babi=replace(data.babi, stray=STRAY),
+        babi=replace(data.babi, stray=STRAY, echo=ECHO),
         lengths=(256, 512),
         stages=(1300, 1500, 1700),
         stage_lengths=((256, 512, 1024), (512, 1024, 2048, 4096), (2048, 4096)),
@@ -222,6 +224,14 @@ def test(job: Row, root: Path) -> Row:
     return row | {"seconds": time.perf_counter() - begin}
 
 
+def look(job: Row, root: Path) -> Row:
+    """How much its memories write of held-out books, a million tokens in one stream."""
+    torch.set_num_threads(1)
+    path = kept(weights(job["model"]), job["model"])
+    found = written(load(path), load_tokenizer(TOKENIZER), [root / "books"])
+    return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}
+
+
 def write_page(rows: list[Row]) -> None:
     rows, diverged = split_diverged(rows)
     trained = [r for r in rows if r["stage"] == "train"]
@@ -257,14 +267,23 @@ def write_page(rows: list[Row]) -> None:
             lines += [f"## {name}", "", *markdown_table(header, table), ""]
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
     lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
+    looked = {r["model"]: r for r in rows if r["stage"] == "writes"}
+    if looked:
+        tokens = next(iter(looked.values()))["tokens"]
+        lines += [
+            f"Written: the sum of each memory's learning rates over {tokens:,} tokens of held-out",
+            "books, in which there is nothing to remember (`titans memory writes` names them).",
+            "",
+        ]
     lines += markdown_table(
-        ("model", "parameters", "answered on the way", "gates open", "minutes"),
+        ("model", "parameters", "answered on the way", "gates open", "written", "minutes"),
         [
             (
                 r["model"],
                 f"{r['parameters']:,}",
                 " ".join(f"{100 * x:.0f}" for x in r["answered"]),
                 f"{100 * r['open']:.2f} %" if r["model"].startswith("Titans") else "",
+                ", ".join(f"{x:.3g}" for x in looked.get(r["model"], {}).get("written", [])),
                 f"{r['train_minutes']:.0f}",
             )
             for r in trained
@@ -290,6 +309,8 @@ def main() -> None:
         prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
         run_jobs(path, training, partial(fit, runs=runs, root=root), workers=options.workers)
+        looking = [{"stage": "writes", "model": name} for name in options.model]
+        run_jobs(path, looking, partial(look, root=root), workers=options.workers)
         for length in sorted(options.lengths):
             asking = [
                 {"stage": "test", "model": name, "task": task, "length": length}
