@@ -46,6 +46,7 @@ VOCABULARY = 2048
 SEED = 0
 STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of a row
 ECHO = 5.0  # sentences of books with a word of the facts, likewise
+GARBLE = 0.1  # of the prose's tokens are others
 
 BASE = TitansConfig(
     variant="mac",
@@ -153,6 +154,7 @@ def spreading(name: str, root: Path, start: str | None) -> RunConfig:
     data = data_config(root, TASKS, 0.7)
     data = replace(
         data,
+        garble=GARBLE,
         babi=replace(data.babi, stray=STRAY, echo=ECHO),
         lengths=(256, 512),
         stages=(1300, 1500, 1700),

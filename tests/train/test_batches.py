@@ -3,11 +3,13 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from titans.data.documents import Document
 from titans.data.facts import STATEMENT_SIZE
+from titans.data.haystack import Ring
 from titans.data.shards import prepare
 from titans.data.text import IGNORED
 from titans.data.tokenizers import ByteTokenizer
@@ -131,6 +133,36 @@ def test_questions_in_prose(tiny, questions, corpus, task):
     assert not found["train"] & found["valid"]
     again = open_data(tiny(task, data=data, tokens_per_batch=1536)).at(0).train
     assert torch.equal(again.batch(5).tokens, train.batch(5).tokens)
+
+
+@pytest.mark.parametrize("task", ["needle", "babi"])
+def test_garbled_prose_has_other_tokens_where_nothing_is_asked(tiny, questions, task, tmp_path):
+    (tmp_path / "rain.txt").write_text("It rained all day. " * 50)
+    paths = (str(tmp_path / "rain.txt"),)
+    held_out = {"paths": paths, "valid_paths": paths}
+    texts = {}
+    for share in (0.0, 0.2):
+        data = {**questions(task), **held_out, "garble": share}
+        opened = open_data(tiny(task, data=data, tokens_per_batch=1536)).at(0)
+        for split, source in (("train", opened.train), ("valid", opened.valid)):
+            rows = torch.cat([source.batch(step).tokens for step in range(12)])
+            texts[split, share] = "|".join(bytes(row.tolist()).decode() for row in rows)
+        asked = r"Answer: \w+" if task == "babi" else r"provided text is \d"
+        assert re.findall(asked, texts["train", share])
+    assert texts["valid", 0.0] == texts["valid", 0.2]
+    rained = [texts["train", share].count("rained all day") for share in (0.0, 0.2)]
+    assert 0 < rained[1] < 0.2 * rained[0]  # 0.84 ** 14 are left whole
+
+
+def test_garbling_puts_every_token_in_as_often() -> None:
+    ring = Ring(np.array([7] * 9998 + [3, 250]), np.array([0, 5000]))
+    found = ring.garbled(0.3, seed=1)
+    assert np.array_equal(found.starts, ring.starts)
+    for token in (3, 250):
+        assert 900 < (found.tokens == token).sum() < 1100
+    assert not np.array_equal(ring.garbled(0.3, seed=2).tokens, found.tokens)
+    assert np.array_equal(ring.garbled(0.3, seed=1).tokens, found.tokens)
+    assert (ring.tokens[:9998] == 7).all()
 
 
 def test_needles_in_noise_need_no_prose(tiny, questions):

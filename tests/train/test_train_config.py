@@ -60,6 +60,7 @@ def test_stages_keep_the_number_of_facts():
     [
         ({"length": 0}, "DataConfig.length must be at least 1, got 0"),
         ({"segments": 0}, "DataConfig.segments must be at least 1"),
+        ({"garble": 1.5}, r"data.garble must lie in \[0, 1\], got 1.5"),
         ({"text_weight": -1.0}, "text_weight must not be negative, got -1.0"),
         ({"stages": (5,)}, "stage_lengths must have one list for each of the 1 stages, got 0"),
         (

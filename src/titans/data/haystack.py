@@ -108,6 +108,14 @@ class Ring:
             length -= stop - place
             place, index = (0, 1) if stop == len(self.tokens) else (stop, index + 1)
 
+    def garbled(self, share: float, seed: int = 0) -> "Ring":
+        """With so many of the tokens exchanged for others, each that occurs as often as any."""
+        generator = np.random.default_rng(seed)
+        struck = generator.random(len(self.tokens)) < share
+        tokens = self.tokens.copy()
+        tokens[struck] = generator.choice(np.unique(tokens), int(struck.sum()))
+        return Ring(tokens, self.starts)
+
     def sentence(self, index: int) -> Unit:
         stop = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.tokens)
         return (Piece(self.tokens[self.starts[index] : stop]),)

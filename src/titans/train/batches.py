@@ -145,7 +145,7 @@ def open_needle(config: RunConfig) -> Data:
 
     def tasks(held_out: bool) -> list[NeedleTask]:
         in_prose = any(KINDS[kind].haystack == "prose" for kind in data.needle.kinds)
-        text = open_prose(data, tokenizer, held_out) if in_prose else None
+        text = open_prose(config, tokenizer, held_out) if in_prose else None
         stray = data.needle.stray
         return [
             NeedleTask(kind, words, text, tokenizer, held_out, stray) for kind in data.needle.kinds
@@ -172,7 +172,7 @@ def open_babi(config: RunConfig) -> Data:
     data, tokenizer = config.data, load_tokenizer(config.data.tokenizer or "bytes")
     check_vocabulary(config, tokenizer.vocab_size)
     (folder,) = expand_paths((data.babi.folder,))
-    texts = {held_out: open_prose(data, tokenizer, held_out) for held_out in (False, True)}
+    texts = {held_out: open_prose(config, tokenizer, held_out) for held_out in (False, True)}
     train, valid = [], []
     for number in data.babi.tasks:
         questions = training_questions(folder, number)
@@ -195,11 +195,13 @@ def open_babi(config: RunConfig) -> Data:
     return Data(splits, in_bytes=isinstance(tokenizer, ByteTokenizer))
 
 
-def open_prose(data: DataConfig, tokenizer: Tokenizer, held_out: bool) -> Ring:
+def open_prose(config: RunConfig, tokenizer: Tokenizer, held_out: bool) -> Ring:
+    data = config.data
     paths = data.valid_paths if held_out and data.valid_paths else data.paths
     if not paths:
         raise ValueError(f"data.paths is empty: the task {data.task} hides sentences in prose")
-    return prose(expand_paths(paths), tokenizer, held_out)
+    ring = prose(expand_paths(paths), tokenizer, held_out)
+    return ring if held_out else ring.garbled(data.garble, config.train.seed)
 
 
 def open_text(config: RunConfig) -> Data:

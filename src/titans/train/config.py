@@ -103,6 +103,9 @@ class DataConfig:
     """Task facts: most facts in a row; a short row holds what fits."""
     text_weight: float = 0.1
     """All tasks but text: weight of the surrounding text's mean loss; that of the answers is 1."""
+    garble: float = 0.0
+    """Tasks needle and babi: share of the training prose's tokens that others are put in place of,
+    each that occurs in it as often as any: gates learn to leave words alone that it hardly has."""
     needle: NeedleRows = field(default_factory=NeedleRows)
     babi: BabiRows = field(default_factory=BabiRows)
     stages: tuple[int, ...] = ()
@@ -120,6 +123,7 @@ class DataConfig:
         require_positive(self, "length", "segments")
         if self.text_weight < 0:
             raise ValueError(f"data.text_weight must not be negative, got {self.text_weight}")
+        require_share("data.garble", self.garble)
         if len(self.stage_lengths) != len(self.stages):
             raise ValueError(
                 f"data.stage_lengths must have one list for each of the {len(self.stages)} stages, "
