@@ -219,7 +219,7 @@ def plot_contexts(
     """Bits per base against context, one line a model, the best Markov chain a dashed one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, rows in results.items():
         axis.plot(
@@ -234,5 +234,5 @@ def plot_contexts(
     axis.set_xlabel("bases read between two resets of the memory")
     axis.set_ylabel("bits per base")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # lines are level
     figure.savefig(path, dpi=110)
