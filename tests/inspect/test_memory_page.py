@@ -31,7 +31,7 @@ def test_the_example_runs_and_shows_what_it_says(capsys) -> None:
 def test_its_commands_are_understood() -> None:
     lines = [line.split("#")[0] for line in PAGE.read_text().splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("    titans ")]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for _, *arguments in commands:
         options, rest = build_parser().parse_known_args(arguments)
         assert (options.verb, rest) == ("memory", [])
