@@ -1,6 +1,7 @@
 """`titans memory`: reading, asking, looking into, comparing and forking memories as files."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -259,7 +260,7 @@ def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_fi
     assert "the memories belong to different models" in refused(capsys, "diff", memory, other)
 
 
-@pytest.mark.parametrize("action", ["read", "ask", "info", "diff", "fork"])
+@pytest.mark.parametrize("action", ["read", "ask", "info", "diff", "fork", "writes"])
 def test_every_action_documents_itself(capsys, action) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["memory", action, "--help"])
@@ -276,6 +277,7 @@ def test_writes_names_the_tokens_that_are_written(capsys, model_file, texts) -> 
     for memory, written in zip(found, expected, strict=True):
         assert memory["tokens"] == len(data)
         assert memory["total"] == pytest.approx(written.total, rel=1e-4)
+        assert memory["kept"] == pytest.approx(math.exp(-written.forgetting), rel=1e-4)
         for write in memory["strongest"]:
             at = write["position"]
             assert write["token"] == data[at : at + 1].decode()
@@ -284,3 +286,10 @@ def test_writes_names_the_tokens_that_are_written(capsys, model_file, texts) -> 
     assert shown.count("memory ") == 2
     assert shown.count(" at ") == 6
     assert "no text in it" in refused(capsys, "writes", model_file, "/dev/null")
+
+
+def test_writes_of_a_model_without_a_memory(capsys, tmp_path, texts) -> None:
+    path = tmp_path / "sliding.safetensors"
+    titans.TitansLM(titans.TitansConfig(variant="sliding", dim=32, layers=1, heads=2)).save(path)
+    assert report(capsys, "writes", path, texts[0]) == {"memories": []}
+    assert run(capsys, "writes", path, texts[0]) == "the model has no memory\n"

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +219,7 @@ def run_writes(options: argparse.Namespace) -> None:
     state = None if options.memory is None else open_memory(options.memory, model, tokenizer)
     tokens = encode_blocks(tokenizer, read_blocks(options.texts))
     found = writes(model, tokens, state, top=options.top, before=options.before)
-    report = []
+    report: list[dict[str, Any]] = []
     for number, written in enumerate(found):
         strongest = [
             {
@@ -232,14 +230,17 @@ def run_writes(options: argparse.Namespace) -> None:
             }
             for write in written.strongest
         ]
-        report.append({"memory": number} | asdict(written) | {"strongest": strongest})
+        counts = {"tokens": written.tokens, "total": written.total, "kept": written.kept}
+        report.append({"memory": number} | counts | {"strongest": strongest})
     if options.json:
         print(json.dumps({"memories": report}))
         return
+    if not report:
+        print("the model has no memory")
     for memory in report:
         print(
             f"memory {memory['memory']}: learning rates sum to {memory['total']:.4g} in "
-            f"{memory['tokens']:,} tokens; forgetting leaves {math.exp(-memory['forgetting']):.3g} "
+            f"{memory['tokens']:,} tokens; forgetting leaves {memory['kept']:.3g} "
             "of what was there"
         )
         for write in memory["strongest"]:

@@ -81,7 +81,6 @@ class Ring:
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         self.tokens, self.starts = tokens, starts
-        self.found: dict[tuple[int, ...], np.ndarray] = {}
 
     @classmethod
     def of(cls, sentences: Iterable[str], tokenizer: Tokenizer) -> "Ring":
@@ -122,15 +121,12 @@ class Ring:
 
     def saying(self, wanted: np.ndarray) -> np.ndarray:
         """Which sentences, of `SHORT` tokens at most, hold these tokens one after another."""
-        key = tuple(wanted.tolist())
-        if key not in self.found:
-            places = np.flatnonzero(self.tokens[: len(self.tokens) - len(wanted) + 1] == wanted[0])
-            for n, token in enumerate(wanted[1:], start=1):
-                places = places[self.tokens[places + n] == token]
-            index = np.unique(np.searchsorted(self.starts, places, side="right") - 1)
-            stops = np.append(self.starts[1:], len(self.tokens))
-            self.found[key] = index[stops[index] - self.starts[index] <= SHORT]
-        return self.found[key]
+        places = np.flatnonzero(self.tokens[: len(self.tokens) - len(wanted) + 1] == wanted[0])
+        for n, token in enumerate(wanted[1:], start=1):
+            places = places[self.tokens[places + n] == token]
+        index = np.unique(np.searchsorted(self.starts, places, side="right") - 1)
+        lengths = np.diff(self.starts, append=len(self.tokens))
+        return index[lengths[index] <= SHORT]
 
 
 def noise(tokenizer: Tokenizer) -> Ring:

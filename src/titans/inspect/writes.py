@@ -5,6 +5,7 @@ of them are enough, and no average over tokens shows them.
 """
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titans.inspect.observation import watch
+from titans.inspect.weights import memory_layers
 from titans.models.lm import TitansLM
 from titans.state import ModelState
 
@@ -43,6 +45,11 @@ class Written:
     forgetting: float
     strongest: tuple[Write, ...]
 
+    @property
+    def kept(self) -> float:
+        """What forgetting leaves of what had been there, from 1 to 0."""
+        return math.exp(-self.forgetting)
+
 
 def writes(
     model: TitansLM,
@@ -58,17 +65,14 @@ def writes(
     ValueError for several texts side by side, and for an empty one.
     """
     tokens, last = 0, np.zeros(0, dtype=np.int64)
-    totals = forgotten = torch.zeros(0)
-    strongest: list[list[Write]] = []
+    strongest: list[list[Write]] = [[] for _ in memory_layers(model)]
+    totals = forgotten = torch.zeros(len(strongest), dtype=torch.float64)
     for seen in watch(model, source, state, piece=piece):
         if len(seen.tokens) != 1:
             raise ValueError(f"expected one text, got {len(seen.tokens)} side by side")
         rates = seen.learning_rate[0].double().mean(-1).cpu()
         alpha = torch.zeros_like(rates)[..., None] if seen.decay is None else seen.decay[0].cpu()
         lost = -torch.log1p(-alpha.double()).mean(-1)
-        if not tokens:
-            totals = forgotten = rates.new_zeros(rates.shape[1])
-            strongest = [[] for _ in range(rates.shape[1])]
         totals, forgotten = totals + rates.sum(0), forgotten + lost.sum(0)
         ids = np.concatenate([last, seen.tokens[0].cpu().numpy()])
         for memory, kept in enumerate(strongest):

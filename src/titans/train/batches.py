@@ -201,7 +201,7 @@ def open_prose(config: RunConfig, tokenizer: Tokenizer, held_out: bool) -> Ring:
     if not paths:
         raise ValueError(f"data.paths is empty: the task {data.task} hides sentences in prose")
     ring = prose(expand_paths(paths), tokenizer, held_out)
-    return ring if held_out else ring.garbled(data.garble, config.train.seed)
+    return ring if held_out or not data.garble else ring.garbled(data.garble, config.train.seed)
 
 
 def open_text(config: RunConfig) -> Data:
