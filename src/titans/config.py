@@ -272,8 +272,12 @@ class TitansConfig:
     persistent: int = 4
     """Learned tokens in front of the sequence, per block (NeurIPS: 128). Titans and sliding."""
     gate_activation: Literal["silu", "sigmoid"] = "silu"
-    """Non-linearity of MAG's and MAC's combination y * act(m) of the two normalised branches;
-    the paper does not name it."""
+    """Non-linearity of MAG's and MAC's combination of the two normalised branches, attention's y
+    and the memory's m; the paper does not name it."""
+    gate_branch: Literal["memory", "attention"] = "memory"
+    """Which of them passes it: `memory` is y * act(m), `attention` m * act(y). The paper leaves
+    it open. A MAC with a deep memory learned to recall with `attention` and sigmoid alone
+    (docs/results.md)."""
     combine_output: bool = True
     """A map after that product, which the paper's equations do not have. Without it MAC mostly
     begins to recall sooner (docs/results.md)."""
@@ -319,8 +323,9 @@ class TitansConfig:
         name. Fields younger than the first memory files count where they are not at their default.
         """
         content = dataclasses.asdict(self) | {"memory": hashed_fields(self.memory)}
-        if self.combine_output:
-            del content["combine_output"]
+        for name in ("combine_output", "gate_branch"):
+            if content[name] == getattr(TitansConfig, name):
+                del content[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM
 
 DELTA = ("gated-deltanet", "gated-deltanet-closing")
-OTHER_RULE = ("-sigmoid", "linear", "deltanet")
+OTHER_RULE = ("-sigmoid", "-by-attention", "linear", "deltanet")
 ONE_THING = {name for name in PARTS if not any(word in name for word in OTHER_RULE)}
 
 
@@ -51,8 +51,13 @@ def test_a_part_changes_what_it_says_and_nothing_else():
         "memory.gates",
         "memory.tie_forgetting",
     }
+    assert changed(PARTS["mac-by-attention"].config) == {
+        "variant",
+        "gate_branch",
+        "gate_activation",
+    }
     names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
-    assert names <= {1, 2}  # depth with its learning rate, gates with what ties them
+    assert names <= {1, 2}  # a variant with one thing of its own
 
 
 def test_gated_deltanet_beside_its_rule_with_gates_that_close_differs_in_them_alone():

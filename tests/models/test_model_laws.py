@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm, silu
 
 import titans
 from titans import MemoryConfig, ModelState, TitansConfig, TitansLM
 from titans.baselines import BASELINES
 from titans.config import VARIANTS
+from titans.models.parts import Combine
 
 VOCABULARY = 50
 TOLERANCE = 1e-11  # float64; outputs are of order 1
@@ -222,6 +223,22 @@ def test_the_map_after_the_product_can_be_left_out(variant: str) -> None:
             model.get_parameter(name).copy_(torch.eye(16))
     tokens = some_tokens()
     torch.testing.assert_close(bare(tokens)[0], model(tokens)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_either_branch_can_be_the_gate(activation: str) -> None:
+    """y act(m), or m act(y), of the normalised branches."""
+    torch.manual_seed(0)
+    y, m = torch.randn(2, 2, 5, 16, dtype=torch.float64)
+    act = {"silu": silu, "sigmoid": torch.sigmoid}[activation]
+    for branch in ("memory", "attention"):
+        config = TitansConfig(dim=16, gate_activation=activation, gate_branch=branch)
+        combine = Combine(config).double()
+        with torch.no_grad():
+            combine.attention_norm.weight.fill_(2.0)
+        a, b = 2 * rms_norm(y, (16,)), rms_norm(m, (16,))
+        wanted = a * act(b) if branch == "memory" else b * act(a)
+        torch.testing.assert_close(combine(y, m), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -190,6 +190,7 @@ def test_the_hash_of_models_without_them_has_not_changed() -> None:
     given = MemoryConfig(network="mlp", retention="decay", optimizer="momentum", window=1)
     assert TitansConfig(memory=given).hash() == HASH
     assert TitansConfig(combine_output=False).hash() != HASH
+    assert TitansConfig(gate_branch="attention").hash() != HASH
     own = [
         {"objective": "huber"},
         {"retention": "kl"},

@@ -50,6 +50,7 @@ def model(**changes: Any) -> TitansConfig:
 
 DELTA = BASELINES["gated-deltanet"]
 LINEAR = {"depth": 1, "residual": False, "norm": False}
+BY_ATTENTION: dict[str, Any] = {"gate_branch": "attention", "gate_activation": "sigmoid"}
 PARTS = {
     "lmm": Part("LMM", BASE, 27.01),
     "linear": Part("linear memory", memory(**LINEAR), 28.49),
@@ -77,6 +78,18 @@ PARTS = {
     "mal-sigmoid": Part(
         "MAL, sigmoid gates",
         dataclasses.replace(memory(gates="sigmoid", tie_forgetting=False), variant="mal"),
+    ),
+    "mac-by-attention": Part(
+        "MAC, sigmoid(attention) times memory", model(variant="mac", **BY_ATTENTION)
+    ),
+    "mag-by-attention": Part(
+        "MAG, sigmoid(attention) times memory", model(variant="mag", **BY_ATTENTION)
+    ),
+    "mac-unmapped": Part(
+        "MAC, no map after the product", model(variant="mac", combine_output=False)
+    ),
+    "mag-unmapped": Part(
+        "MAG, no map after the product", model(variant="mag", combine_output=False)
     ),
     "gated-deltanet": Part(
         "Gated DeltaNet (its gates: sigmoid, exponential)",

@@ -24,21 +24,23 @@ class PersistentTokens(nn.Module):
 
 class Combine(nn.Module):
     """y (x) m of v1 eq. 25 and 28: both branches normalised with learned vectors, then a
-    non-linearity. Which one, and on which side, the paper leaves open: norm(y) act(norm(m))."""
+    non-linearity. Which one, and on which side, the paper leaves open: norm(y) act(norm(m)), or
+    norm(m) act(norm(y)) (`TitansConfig.gate_branch`)."""
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim)
         self.memory_norm = nn.RMSNorm(config.dim)
-        self.activation = config.gate_activation
+        self.activation, self.branch = config.gate_activation, config.gate_branch
 
     def forward(
         self, attention: Float[Tensor, "b t d"], memory: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
         wide = self.memory_norm.weight.dtype  # under autocast the branches come in bfloat16
-        gate = self.memory_norm(memory.to(wide))
-        gate = nn.functional.silu(gate) if self.activation == "silu" else gate.sigmoid()
-        return self.attention_norm(attention.to(wide)) * gate
+        value, gate = self.attention_norm(attention.to(wide)), self.memory_norm(memory.to(wide))
+        if self.branch == "attention":
+            value, gate = gate, value
+        return value * (nn.functional.silu(gate) if self.activation == "silu" else gate.sigmoid())
 
 
 def combine_output(config: TitansConfig) -> nn.Module:
