@@ -207,12 +207,15 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
             cells.append(f"{sum(found) / len(found):.2f}" if found else "")
         longest = max((r for r in asked if r["model"] == name), key=lambda r: r["length"])
-        table.append((name, *cells, f"{longest['state_bytes']:,}"))
+        own = next((r for r in adapters if r["model"] == name), None)
+        size = ("", "", "")
+        if own:
+            size = (f"{own['parameters']:,}", f"{own['bytes']:,}", f"{own['minutes']:.1f}")
+        table.append((name, *cells, f"{longest['state_bytes']:,}", *size))
     base = next(r for r in rows if r["stage"] == "base")
     dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     counts = (next(r["asked"] for r in asked if r["length"] == n) for n in lengths)
     seeds = ", ".join(map(str, sorted({r["seed"] for r in asked})))
-    minutes = ", ".join(f"{r['minutes']:.1f}" for r in adapters)
     lines = [
         "# A memory for a Llama",
         "",
@@ -223,16 +226,18 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"reached {WINDOW} tokens, and the memories alone, or all weights, were trained for",
         f"{STEPS} steps on rows of up to 1,024 tokens.",
         "Recall of four pairs by tokens in the row; knowing which values occurred, but not whose",
-        "they are, gives 0.25. State: bytes that a row carries after the longest text of its line.",
+        "they are, gives 0.25. State: bytes that a row carries after the longest text of its line;",
+        "then an adapter's parameters, the bytes of its file, and minutes of training.",
         "By `python results/adapt/run.py`.",
         "",
-        *markdown_table(("model", *map(readable, lengths), "state"), table),
+        *markdown_table(
+            ("model", *map(readable, lengths), "state", "parameters", "file", "minutes"), table
+        ),
         "",
         "The first two lines are the base as it was trained, with its own attention over the whole",
         f"row (made for {POSITIONS} positions, and not asked beyond 4K) or in the window alone.",
         "",
-        f"Adapters: {adapters[0]['parameters']:,} parameters, {adapters[0]['bytes']:,} bytes each.",
-        f"Minutes of training: base {base['minutes']:.1f}, adapters {minutes}.",
+        f"Minutes of the base's training: {base['minutes']:.1f}.",
         f"Questions asked per length: {', '.join(map(str, counts))}; seeds {seeds}.",
         f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
     ]
