@@ -9,13 +9,12 @@ results.json are not repeated, and a stopped training goes on from its last chec
 import argparse
 import dataclasses
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from titans.evals.ablation import PARTS, AblationConfig, at_chunk, bits_per_byte, train_part
-from titans.evals.jobs import read_rows, run_jobs, split_diverged
+from titans.evals.jobs import data_folder, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -126,7 +125,7 @@ def main() -> None:
     path = HERE / "results.json"
     rows = read_rows(path)
     if not options.table_only:
-        runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        runs, root = options.runs.resolve(), data_folder()
         runs.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             parts = [{"table": "parts", "part": name, "seed": seed} for name in options.parts]

@@ -12,7 +12,6 @@ Trained models are kept in `weights/` beside the table, with their tokenizer.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +27,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
-from titans.evals.jobs import Row, find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import Row, data_folder, find, kept, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table, percent, readable
 from titans.evals.written import written
 from titans.models.lm import TitansLM, load
@@ -308,7 +307,7 @@ def main() -> None:
     options = parser.parse_args()
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:
-        runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        runs, root = options.runs.resolve(), data_folder()
         prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
         run_jobs(path, training, partial(fit, runs=runs, root=root), workers=options.workers)

@@ -10,9 +10,7 @@ not repeated, and a stopped training on a genome goes on from its last checkpoin
 
 import argparse
 import dataclasses
-import os
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from titans.evals.genome import (
     plot_contexts,
     split_genome,
 )
-from titans.evals.jobs import read_rows, run_jobs, split_diverged
+from titans.evals.jobs import by_name, data_folder, read_rows, run_jobs, split_diverged
 from titans.evals.perplexity import PositionLoss, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -155,23 +153,6 @@ def run(job: dict[str, Any], paths: dict[str, Path], runs: Path, threads: int) -
     if job["part"] == "classification":
         return classify(job, paths[job["task"]]) | {"threads": threads}
     return model_genome(job, paths[job["genome"]], runs) | {"threads": threads}
-
-
-def name_of(path: Path) -> str:
-    return path.absolute().name.split(".")[0]  # of a link its own: GUE has mouse/0 and tf/0
-
-
-def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every path under its name; an error where two share one, as GUE's mouse/0 and tf/0 do."""
-    named: dict[str, Path] = {}
-    for path in paths:
-        name = name_of(path)
-        if name in named:
-            raise SystemExit(
-                f"{path} and {named[name]} have one name, {name!r}: link or rename one"
-            )
-        named[name] = path.resolve()
-    return named
 
 
 def wanted(job: dict[str, Any], only: list[str] | None) -> bool:
@@ -346,7 +327,7 @@ def main() -> None:
     path = HERE / "results.json"
     rows = read_rows(path)
     if not options.table_only:
-        data = Path(os.environ["TITANS_DATA_DIR"]).resolve() / "dna"
+        data = data_folder() / "dna"
         tasks = by_name([*(data / t for t in TASKS), *options.task])
         genomes = by_name([data / GENOME, *options.genome])
         jobs = [
@@ -362,6 +343,9 @@ def main() -> None:
             for g in genomes
             for model in LANGUAGE_MODELS
         ]
+        for name in options.only or []:
+            if not any(wanted(job, [name]) for job in jobs):
+                raise SystemExit(f"--only {name}: expected a name, or name/model, of the data")
         jobs = [job for job in jobs if wanted(job, options.only)]
         one = partial(
             run, paths=tasks | genomes, runs=options.runs.resolve(), threads=options.threads

@@ -11,7 +11,6 @@ it again.
 import argparse
 import dataclasses
 import itertools
-import os
 import statistics
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_examples
-from titans.evals.jobs import read_rows, run_jobs, split_diverged
+from titans.evals.jobs import by_name, data_folder, read_rows, run_jobs, split_diverged
 from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -70,7 +69,8 @@ def run(job: dict[str, Any], paths: dict[str, Path], threads: int) -> dict[str, 
     if job["seed"] == 0 and job["horizon"] == SHOWN_HORIZON:
         known = fitted.data.channels
         channels = [c for c in SHOWN.get(name, SHOWN_DEFAULT) if c in known] or known[:2]
-        row["example"] = dataclasses.asdict(example(fitted, SHOWN_WINDOW, channels))
+        shown = min(SHOWN_WINDOW, fitted.data.windows("test").count - 1)
+        row["example"] = dataclasses.asdict(example(fitted, shown, channels))
     return row | job
 
 
@@ -149,7 +149,11 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     if examples:
         plot_examples(examples, HERE / "forecasts.png")
         lines += ["", "![forecasts against the truth](forecasts.png)"]
-        lines += ["", f"Test window {SHOWN_WINDOW} of each file, seed 0: chosen before any run."]
+        lines += [
+            "",
+            f"Test window {SHOWN_WINDOW} of each file (the last of a shorter one), seed 0: chosen "
+            "before any run.",
+        ]
     (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n")
 
 
@@ -214,10 +218,8 @@ def main() -> None:
     path = HERE / "results.json"
     rows = read_rows(path)
     if not options.table_only:
-        paths = {path.name.split(".")[0]: path.resolve() for path in options.data}
-        if options.only:
-            root = Path(os.environ["TITANS_DATA_DIR"]).resolve()
-            paths |= {name: find(root, name) for name in options.only}
+        root = data_folder() if options.only else Path()
+        paths = by_name([*options.data, *(find(root, name) for name in options.only)])
         one = partial(run, paths=paths, threads=options.threads)
         for seed, name in itertools.product(options.seeds, paths):
             jobs = [

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
-from titans.evals.jobs import read_rows, run_jobs, split_diverged
+from titans.evals.jobs import data_folder, read_rows, run_jobs, split_diverged
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -270,7 +269,7 @@ def main() -> None:
     path = HERE / "results.json"
     rows = read_rows(path)
     if not options.table_only:
-        root = Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        root = data_folder()
         for corpus in {"wikitext-2", *options.corpus}:
             prepare_corpus(root, options.runs, corpus)
         one = partial(run, runs=options.runs.resolve(), root=root)

@@ -16,7 +16,6 @@ so that they can be asked further, here or by `titans eval needle`.
 """
 
 import argparse
-import os
 import random
 import time
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import NOISE, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
-from titans.evals.jobs import Row, find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import Row, data_folder, find, kept, read_rows, run_jobs, split_diverged
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
@@ -407,7 +406,7 @@ def main() -> None:
     options = parser.parse_args()
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:
-        runs, root = options.runs.resolve(), Path(os.environ["TITANS_DATA_DIR"]).resolve()
+        runs, root = options.runs.resolve(), data_folder()
         prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
         one = partial(fit, runs=runs, root=root)

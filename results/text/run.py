@@ -8,7 +8,6 @@ was stopped goes on from its last checkpoint; finished ones are not repeated.
 
 import argparse
 import json
-import os
 import time
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import ByteTokenizer
+from titans.evals.jobs import data_folder
 from titans.evals.report import machine
 from titans.models.lm import TitansLM
 from titans.train.config import RunConfig
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="from the finished runs")
     options = parser.parse_args()
     if not options.table_only:
-        root = Path(os.environ["TITANS_DATA_DIR"])
+        root = data_folder()
         for name, folders in corpora(root, options.runs).items():
             for variant in VARIANTS:
                 done = options.runs / f"{name}-{variant}" / "result.json"

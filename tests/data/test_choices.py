@@ -39,7 +39,7 @@ def test_boolq_and_siqa_as_they_are_published(tmp_path) -> None:
     assert yes == Item((Option(asked, " no"), Option(asked, " yes")), 1)
     assert last == Item(tuple(Option("Ann ran. Why?\nAnswer:", f" {x}") for x in "abc"), 2)
     for wrong in (boolq | {"answer": ["x"]}, siqa | {"label": "4"}):
-        with pytest.raises(ValueError, match=r"w\.jsonl:1: expected a gold in 0\.\."):
+        with pytest.raises(ValueError, match=r"w\.jsonl:1: expected a (gold in 0|label 1)"):
             list(read_choices(write_lines(tmp_path / "w.jsonl", wrong)))
 
 
@@ -72,6 +72,11 @@ def test_endings_of_six_lines(tmp_path) -> None:
         ('{"query": "a", "choices": ["b", " "], "gold": 0}', "got an empty one"),
         ('{"query": "a", "choices": "bc", "gold": 0}', "expected choices to be text"),
         ('{"query": 3, "choices": ["b", "c"], "gold": 0}', "expected query to be text"),
+        (
+            '{"context": "a", "question": "b", "answerA": "c", "answerB": "d", "answerC": "e", '
+            '"label": 0}',
+            "expected a label 1, 2 or 3, got 0",
+        ),
         ("\n", "no questions in it"),
     ],
 )

@@ -110,12 +110,22 @@ def test_genomic_benchmarks(tmp_path) -> None:
         ("ACGT,0\nAC,x\n", r"train\.csv:3: expected a sequence and a label"),
         ("AC GT,0\n", r"train\.csv:2: expected bases .*, got ' '"),
         ("", r"train\.csv: no sequences in it"),
+        ("ACGT,1000000000000000000000000000000\n", r"train\.csv:2: .* at most 4 digits"),
+        ("ACGT,0\rACGT,1\r", r"train\.csv:\d: not a line of CSV"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, table: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read_task(write_gue(tmp_path / "t", train=table))
     assert "\n" not in str(caught.value)
+
+
+def test_a_sequence_may_be_longer_than_a_csv_cell_usually_is(tmp_path) -> None:
+    table = f"{'ACGT' * 50_000},0\n\nAC,1\n"
+    assert [len(s) for s in read_task(write_gue(tmp_path / "t", train=table)).train.sequences] == [
+        200_000,
+        2,
+    ]
 
 
 def test_folders_that_are_no_task(tmp_path) -> None:

@@ -212,6 +212,35 @@ def test_sentences_are_cut_where_they_end():
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing here begins with a capital, nor does what follows. " * 400,
+        "\u5915\u65b9\u306b\u306a\u308b\u3068\u98a8\u304c\u5439\u304f\u3002" * 1000,
+        "for i in range(10): x[i] += y[i] # no end in sight " * 400,
+        "x" * 30_000,
+    ],
+)
+def test_prose_without_ends_has_gaps_too(folder, tmp_path, text):
+    """Else a needle for the middle is put at the end, and the score is that of the end."""
+    sentences = split_sentences(text)
+    assert "".join(sentences) == " ".join(text.split()) + " "
+    assert max(map(len, sentences)) <= 2000
+    (tmp_path / "own.txt").write_text(text)
+    task = NeedleTask(
+        "single-2", folder, prose([tmp_path / "own.txt"], BYTES, True), BYTES, True, 0.0
+    )
+    for depth in (0.25, 0.5, 0.75):
+        said = read(task.sample(20_000, draw(), depth).pieces())
+        place = said.index("One of the special magic") / len(said)
+        assert abs(place - depth) < 0.06, (place, depth)
+
+
+def test_names_in_capitals_are_text_too(tmp_path):
+    (tmp_path / "ESSAY.TXT").write_text("One. Two.")
+    assert prose_files([tmp_path], held_out=True) == [tmp_path / "ESSAY.TXT"]
+
+
 def test_other_tokenizers_count_their_own_tokens(folder, tmp_path):
     pytest.importorskip("tokenizers")
     tokenizer = BPETokenizer.train(SENTENCES + [NOISE] * 9, 400, tmp_path / "tokenizer.json")

@@ -134,6 +134,9 @@ def test_a_constant_channel_stays_finite(tmp_path: Path) -> None:
     values[:, 1] = 4.0
     data = load_forecast_data(write(tmp_path / "x.csv", values), lookback=5, horizon=3)
     assert (data.values[1] == 0).all()
+    values[:, 1] = np.where(np.arange(100) < 90, 0.1, 0.2)  # its deviation is rounding, not 0
+    data = load_forecast_data(write(tmp_path / "y.csv", values), lookback=5, horizon=3)
+    assert data.values[1].abs().max() < 1
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,9 @@ def test_a_constant_channel_stays_finite(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "expected a header with 'date' and channels, got"),
         ("", "expected a header with 'date'"),
         ("date,a\n", "no rows under the header"),
+        (",date,a\n0,x,1\n", "a name of its own for every column"),
+        ("date,a,a\nx,1,1\n", "a name of its own for every column"),
+        ('date,a\nx,1\nx,"1\n', "x.csv:3: not a line of CSV"),
         ("date,a\nx,1\nx,1,2\n", "x.csv:3: expected 2 cells, got 3"),
         ("date,a\nx,1\nx,one\n", "x.csv:3: could not convert string to float: 'one'"),
         ("date,a\nx,inf\n", "x.csv:2: expected finite numbers"),

@@ -94,6 +94,23 @@ def test_scores_are_perplexities_of_the_trained_models(config, tmp_path):
         torch.testing.assert_close(other.state_dict()[name], tensor)
 
 
+def test_a_rule_without_chunks_is_not_read_in_them(config):
+    parts = ("gated-deltanet", "linear")
+    result = ablation(dataclasses.replace(config, parts=parts, steps=1))
+    assert [p.part for p in result.parts] == list(parts)
+    assert [c.part for c in result.chunks] == ["linear"]
+
+
+def test_what_it_is_tested_on_is_looked_at_before_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("titans.evals.ablation.train", None)
+    (tmp_path / "one.txt").write_text("1")
+    for path, message in [("absent.txt", "absent.txt"), ("one.txt", "two bytes or more")]:
+        with pytest.raises(ValueError, match=message):
+            ablation(dataclasses.replace(config, test_paths=(str(tmp_path / path),)))
+    with pytest.raises(ValueError, match="max_tokens must not be negative"):
+        dataclasses.replace(config, test_tokens=-1)
+
+
 def test_errors_name_what_was_expected():
     with pytest.raises(ValueError, match="unknown part 'no-momentun'; did you mean 'no-momentum'"):
         AblationConfig(paths=("a",), test_paths=("b",), parts=("no-momentun",))

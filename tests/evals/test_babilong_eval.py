@@ -111,6 +111,19 @@ def test_one_answer_and_no_other_must_be_named():
     assert not names_it(" milk.", "apple,milk", "What?", labels)
     assert not names_it(" milk,apple.", "apple", "What?", labels)
     assert not names_it("", "milk", "What?", labels)
+    # An answer of several words may share some with the question.
+    gardens = ("the big garden", "the red garden")
+    assert names_it(" the big garden.", "the big garden", "Where is the lady Mary?", gardens)
+    assert not names_it(" the red garden.", "the big garden", "Where is the lady?", gardens)
+
+
+def test_a_way_is_named_step_by_step():
+    ways = tuple(f"{a},{b}" for a in "nesw" for b in "nesw")
+    question = "How do you go from the kitchen to the garden?"
+    assert names_it(" n,w.", "n,w", question, ways)
+    assert not names_it(" w,n.", "n,w", question, ways)
+    assert names_it(" s,s.", "s,s", question, ways)
+    assert not names_it(" s.", "s,s", question, ways)
 
 
 @pytest.mark.parametrize(

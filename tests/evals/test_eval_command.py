@@ -95,6 +95,20 @@ def test_a_suite_of_a_checkpoint(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == last
 
 
+def test_brackets_in_names_are_no_markup(tmp_path, capsys):
+    """NCBI's headers have them; `[/note=x]` ended a suite after its work."""
+    model, path = tmp_path / "m.safetensors", tmp_path / "g.fa"
+    TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
+    path.write_text(">chr1 [organism=Homo sapiens] [/note=x]\n" + "ACGT" * 50)
+    asked = ["--path", str(path), "--test", "40", "--valid", "0", "--contexts", "8"]
+    main(["eval", "genome", "--checkpoint", str(model), *asked, "--orders", "1"])
+    assert "chr1 [organism=Homo sapiens] [/note=x]" in capsys.readouterr().out
+    text = tmp_path / "br[0].txt"
+    text.write_text("What was said.")
+    main(["eval", "perplexity", "--checkpoint", str(model), "--paths", str(text)])
+    assert "br[0].txt" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_a_suite_that_trains(tmp_path, capsys):
     options = [
         "--steps",

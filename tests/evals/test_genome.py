@@ -147,6 +147,10 @@ def test_baselines_alone_and_models_that_do_not_fit(tmp_path) -> None:
     assert result.markov[0].bits_per_base < 0.2  # ACGT is its own other strand
     with pytest.raises(ValueError, match="expected a model that reads bytes, got 5 tokens"):
         genome(build(vocab_size=5), config)
+    with pytest.raises(ValueError, match="expected a model that reads bytes, got 2048 tokens"):
+        genome(build(vocab_size=2048), config)  # it would read other tokens of its own
+    with pytest.raises(ValueError, match="smoothing must lie above 0, up to 1e9, got nan"):
+        dataclasses.replace(config, smoothing=math.nan)
     with pytest.raises(ValueError, match=r"contexts must lie in 2\.\.1048576"):
         GenomeConfig(path=path, contexts=())
     with pytest.raises(ValueError, match=r"contexts must lie in 2\.\.40 \(test\), got \[8, 41\]"):

@@ -38,7 +38,7 @@ DATA = Path(os.environ.get("TITANS_DATA_DIR", "absent")) / "commonsense"
 END = 256
 
 
-def build(variant: str = "lmm") -> TitansLM:
+def build(variant: str = "lmm", **changes: object) -> TitansLM:
     torch.manual_seed(0)
     config = TitansConfig(
         variant=variant,
@@ -49,6 +49,7 @@ def build(variant: str = "lmm") -> TitansLM:
         segment=6,
         persistent=2,
         memory=MemoryConfig(heads=2),
+        **changes,
     )
     model = TitansLM(config).double()
     with torch.no_grad():
@@ -518,7 +519,8 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys) -> None:
     ("call", "message"),
     [
         (lambda: HarnessLM(build(), batch_size="auto"), "batch_size must be a number"),
-        (lambda: HarnessLM(build(), Pieces(*"abc" * 99)), "the tokenizer has 298 tokens"),
+        (lambda: HarnessLM(build(), Pieces(*"abc" * 99)), "has 298 tokens, the model"),
+        (lambda: HarnessLM(build(vocab_size=2048)), "has 257 tokens, the model 2048: name the one"),
         (lambda: HarnessLM("no.safetensors"), "no such file"),
         (lambda: Until.parse({"num_beams": 4}), "'num_beams' is not supported: expected until"),
         (lambda: Until.parse({"max_gen_toks": 0}), "must be at least 1, got 0"),

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from titans.evals.jobs import find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import (
+    by_name,
+    data_folder,
+    find,
+    kept,
+    read_rows,
+    run_jobs,
+    split_diverged,
+)
 from titans.train.objective import NonFiniteError
 
 JOBS = [{"task": task, "seed": seed} for task in ("a", "b") for seed in (0, 1)]
@@ -88,6 +96,23 @@ def test_two_processes_share_a_table_and_run_each_job_once(tmp_path):
     assert [lines[-1] for lines in ran] == ["6", "6"]  # each has waited for the other's rows
     assert [(tmp_path / n).read_text() for n in "abcdef"] == ["x"] * 6
     assert len(read_rows(tmp_path / "r.json")) == 6
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    paths = [tmp_path / "mouse" / "0.csv", tmp_path / "tf" / "1"]
+    assert by_name(paths) == {"0": paths[0].resolve(), "1": paths[1].resolve()}
+    with pytest.raises(SystemExit, match="have one name, '0': link or rename one"):
+        by_name([*paths, tmp_path / "tf" / "0"])
+
+
+def test_what_a_runner_needs_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("TITANS_DATA_DIR", raising=False)
+    with pytest.raises(SystemExit, match="TITANS_DATA_DIR is not set"):
+        data_folder()
+    monkeypatch.setenv("TITANS_DATA_DIR", str(tmp_path))
+    assert data_folder() == tmp_path.resolve()
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        run_jobs(tmp_path / "results.json", JOBS, twice, workers=0)
 
 
 def test_a_row_belongs_to_the_job_with_all_its_values():

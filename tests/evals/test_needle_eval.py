@@ -12,7 +12,14 @@ from titans.config import MemoryConfig, TitansConfig
 from titans.data.haystack import Piece, Sample
 from titans.data.needle import KINDS
 from titans.evals.answers import answer, exact, wilson
-from titans.evals.needle import NeedleConfig, needle, plot, string_match
+from titans.evals.needle import (
+    NeedleCell,
+    NeedleConfig,
+    NeedleResult,
+    needle,
+    plot,
+    string_match,
+)
 from titans.generate import Sampling, generate
 from titans.models.lm import HiddenOutput, TitansLM
 
@@ -177,6 +184,19 @@ def test_the_interval_is_wilsons():
         (1, 29, 0.0061, 0.1718),
     ]:
         assert wilson(float(right_), asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_holds_the_share_whatever_was_rounded(tmp_path):
+    for asked in range(1, 513):
+        assert wilson(float(asked), asked)[1] == 1.0
+        assert wilson(0.0, asked)[0] == 0.0
+    low, high = wilson(4.0, 4)
+    cell = NeedleCell(
+        kind="single-1", length=512, depth=None, asked=4, score=1.0, exact=1.0, low=low, high=high
+    )
+    config = NeedleConfig(kinds=("single-1",), lengths=(512,))
+    plot(NeedleResult(config=config, cells=(cell,)), tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,8 @@ def test_mistakes_leave_no_folder(tiny, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="'gpu7' cannot be used"):
         train(tiny(device="gpu7"), folder, progress=False)
+    with pytest.raises(ValueError, match="'meta' cannot be used"):
+        train(tiny(device="meta"), folder, progress=False)
     with pytest.raises(ValueError, match=r"no\.txt: no such file"):
         train(tiny(data={"paths": ("no.txt",)}), folder, progress=False)
     assert not folder.exists()

@@ -136,8 +136,10 @@ def show(result: Any) -> None:
     """Plain fields one a line, lists of records as tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # Names of files and records are shown as they are: brackets are no markup.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
         if dataclasses.is_dataclass(value):
@@ -148,7 +150,7 @@ def show(result: Any) -> None:
                 continue  # the plot shows it
             table = Table(*names, title=field.name)
             for row in value:
-                table.add_row(*(text_of(getattr(row, name)) for name in names))
+                table.add_row(*(Text(text_of(getattr(row, name))) for name in names))
             console.print(table)
         else:
             console.print(f"{field.name}: {text_of(value)}", highlight=False)

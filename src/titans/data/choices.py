@@ -118,7 +118,9 @@ def as_query(row: dict[str, Any], where: str) -> dict[str, Any]:
         return {"query": query, "choices": ["no", "yes"], "gold": gold}
     if {"context", "question", *SIQA, "label"} <= row.keys():
         context, asked = strings([row["context"], row["question"]], "context and question", where)
-        gold = {"1": 0, "2": 1, "3": 2}.get(str(row["label"]), row["label"])
+        if str(row["label"]) not in ("1", "2", "3"):
+            raise ValueError(f"{where}: expected a label 1, 2 or 3, got {row['label']!r}")
+        gold = int(row["label"]) - 1
         choices = [row[key] for key in SIQA]
         return {"query": f"{context.rstrip()} {asked}", "choices": choices, "gold": gold}
     return row

@@ -9,7 +9,6 @@ Tasks come as folders in one of two layouts, compressed or not:
     train/CLASS/*.txt test/CLASS/*.txt  one sequence a file                   (GenomicBenchmarks)
 """
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from titans.data.documents import open_text
+from titans.data.documents import csv_rows, open_text
 
 BASES = "ACGTN"
 UNKNOWN = BASES.index("N")
 DEV_FRACTION = 0.1
+LABEL_DIGITS = 4
 
 _NONE = 255
 _CODES = np.full(256, _NONE, dtype=np.uint8)
@@ -147,14 +147,17 @@ def read_table(path: Path) -> Labelled:
     """`sequence,label` with that header."""
     sequences, labels = [], []
     with open_text(path, "utf-8-sig") as stream:
-        rows = csv.reader(stream)
-        header = next(rows, [])
+        rows = csv_rows(stream, path)
+        _, header = next(rows, ("", []))
         if header != ["sequence", "label"]:
             raise ValueError(f"{path}:1: expected the header sequence,label, got {header}")
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if len(row) != 2 or not row[0] or not row[1].isdecimal():
-                raise ValueError(f"{where}: expected a sequence and a label 0, 1, ..., got {row}")
+        for where, row in rows:
+            if len(row) != 2 or not row[0] or not row[1].isdecimal() or len(row[1]) > LABEL_DIGITS:
+                got = [text if len(text) < 40 else f"{text[:40]}..." for text in row]
+                raise ValueError(
+                    f"{where}: expected a sequence and a label 0, 1, ... of at most "
+                    f"{LABEL_DIGITS} digits, got {got}"
+                )
             sequences.append(encode_bases(row[0], where))
             labels.append(int(row[1]))
     if not sequences:

@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import csv
 import gzip
 import json
 import re
@@ -237,6 +238,21 @@ def open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be read ({reason})") from error
+
+
+def csv_rows(stream: Iterable[str], path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where, cells) of every line that is not empty; where: "path:line", for errors.
+
+    ValueError, in one line that names it, for what is no CSV. A cell may be as long as a genome.
+    """
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(stream, strict=True)
+    try:
+        for row in rows:
+            if row:
+                yield f"{path}:{rows.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not a line of CSV ({error})") from None
 
 
 def _read_lines(stream: TextIOWrapper, path: Path, text_key: str) -> Iterator[Document]:

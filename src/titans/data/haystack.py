@@ -29,12 +29,16 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 AFTER = 64  # tokens of haystack that may follow an answer in training
 STRAY_MOST = 50  # units of `scatter` per 1,000 tokens
 SHORT = 48  # tokens of a sentence of `Ring.saying`, at most
+LONGEST = 2000  # characters of a sentence; one that is longer is cut, so that gaps stay frequent
+CUT = 400  # characters of what it is cut into, where nothing in it looks like an end
 
 _CLOSE, _OPEN = "\"'\u201d\u2019)_", "\"'\u201c\u2018(_"  # quotes and their like
+_WIDE_END = r"[\u3002\uff01\uff1f][\u300d\u300f\u201d\u2019\uff09]* ?"  # without a space: CJK
 # A full stop, if what follows looks like a beginning.
 _SENTENCE_END = re.compile(
-    rf"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][{_CLOSE}]* (?=[{_OPEN}]*[A-Z])"
+    rf"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][{_CLOSE}]* (?=[{_OPEN}]*[A-Z])|{_WIDE_END}"
 )
+_ANY_END = re.compile(rf"[.!?;][{_CLOSE}]* ")
 
 
 class Piece(NamedTuple):
@@ -168,17 +172,39 @@ def prose_files(paths: Sequence[str | Path], held_out: bool) -> list[Path]:
 
 def is_text(path: Path) -> bool:
     """By its name, also of a compressed file."""
-    return Path(path.name.removesuffix(".gz").removesuffix(".bz2")).suffix in TEXT_SUFFIXES
+    name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
+    return Path(name).suffix in TEXT_SUFFIXES
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences, each with one space after it; joined they are the text in single spaces."""
+    """Sentences, each with the space after it; joined they are the text in single spaces.
+
+    What has more than `LONGEST` characters (text in lower case, a list, code) is cut at any full
+    stop or semicolon, and after `CUT` of them where there is none: what is hidden goes into gaps.
+    """
     text = " ".join(text.split())
     if not text:
         return []
-    text += " "
-    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    sentences = []
+    for sentence in cut(text + " ", _SENTENCE_END):
+        short = len(sentence) <= LONGEST
+        sentences += [sentence] if short else cut(sentence, _ANY_END)
+    return [part for sentence in sentences for part in pieces_of(sentence)]
+
+
+def cut(text: str, end: re.Pattern[str]) -> list[str]:
+    """The text in parts, each up to and with a match of `end`."""
+    cuts = sorted({0, *(match.end() for match in end.finditer(text)), len(text)})
     return [text[a:b] for a, b in pairwise(cuts)]
+
+
+def pieces_of(sentence: str) -> Iterator[str]:
+    """The sentence; one of more than `LONGEST` characters in pieces of `CUT`, cut at spaces."""
+    while len(sentence) > LONGEST:
+        place = sentence.rfind(" ", 0, CUT) + 1 or CUT
+        yield sentence[:place]
+        sentence = sentence[place:]
+    yield sentence
 
 
 def scatter(

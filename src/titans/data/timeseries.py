@@ -13,7 +13,6 @@ value before the gap. "clean" leaves gaps out of the statistics as well.
 """
 
 import bz2
-import csv
 import gzip
 import math
 import zlib
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from titans.data.documents import csv_rows
 
 MISSING_VALUE = -9999.0
 Split = Literal["auto", "ett-hour", "ett-minute", "ratio"]
@@ -154,7 +155,8 @@ def load_forecast_data(
         name = series.channels[int(empty.argmax())]
         raise ValueError(f"{series.name}: the channel {name!r} has no value in the training part")
     mean, std = np.nanmean(counted[train], 0), np.nanstd(counted[train], 0)
-    std = np.where(std == 0, 1.0, std)  # a constant channel stays as it is
+    # A constant channel stays as it is; its deviation is not always zero, but rounding.
+    std = np.where(std <= 1e-12 * np.abs(mean), 1.0, std)
     values = torch.from_numpy(((filled - mean) / std).T.astype(np.float32))
     data = ForecastData(
         series.name, series.channels, values.contiguous(), mean, std, parts, lookback, horizon
@@ -192,26 +194,25 @@ def read_series(path: str | Path) -> Series:
     Raises ValueError in one line that names the file, and the line where there is one.
     """
     path = Path(path)
-    reader = csv.reader(StringIO(_read_text(path), newline=""))
-    header = [name.strip() for name in next(reader, [])]
+    lines = csv_rows(StringIO(_read_text(path), newline=""), path)
+    _, names = next(lines, ("", []))
+    header = [name.strip() for name in names]
     if "date" not in header or len(header) < 2:
         raise ValueError(f"{path}: expected a header with 'date' and channels, got {header[:4]}")
+    if len(set(header)) < len(header) or "" in header:
+        raise ValueError(f"{path}: expected a name of its own for every column, got {header[:8]}")
     date = header.index("date")
     rows = []
-    for cells in reader:
-        if not cells:
-            continue
+    for where, cells in lines:
         if len(cells) != len(header):
-            raise ValueError(
-                f"{path}:{reader.line_num}: expected {len(header)} cells, got {len(cells)}"
-            )
+            raise ValueError(f"{where}: expected {len(header)} cells, got {len(cells)}")
         del cells[date]
         try:
             rows.append([float(cell) if cell.strip() else math.nan for cell in cells])
         except ValueError as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
         if any(map(math.isinf, rows[-1])):
-            raise ValueError(f"{path}:{reader.line_num}: expected finite numbers, got infinity")
+            raise ValueError(f"{where}: expected finite numbers, got infinity")
     if not rows:
         raise ValueError(f"{path}: no rows under the header")
     del header[date]

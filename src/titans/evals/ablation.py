@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from titans.baselines import BASELINES
 from titans.config import MemoryConfig, TitansConfig, unknown
-from titans.evals.perplexity import PerplexityConfig, perplexity
+from titans.data.tokenizers import ByteTokenizer
+from titans.evals.perplexity import PerplexityConfig, perplexity, tokenized
 from titans.models.lm import TitansLM, load
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
@@ -123,7 +124,8 @@ class AblationConfig:
     """What to change, see `titans.evals.ablation.PARTS`; `lmm` changes nothing."""
     seeds: tuple[int, ...] = (0,)
     chunks: tuple[int, ...] = ()
-    """Read the trained models at these chunk sizes too."""
+    """Read the trained models at these chunk sizes too, but for Gated DeltaNet's rule, which has
+    none."""
     steps: int = 250
     """Of training, of `tokens_per_batch` bytes."""
     tokens_per_batch: int = 4096
@@ -143,6 +145,7 @@ class AblationConfig:
                 raise ValueError(unknown("part", name, tuple(PARTS)))
         if self.chunks and min(self.chunks) < 1:
             raise ValueError(f"chunks must be at least 1, got {list(self.chunks)}")
+        reading(self)  # raises where it is not to be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +178,17 @@ class AblationResult:
 
 def ablation(config: AblationConfig) -> AblationResult:
     """Train every part with every seed, and test it."""
+    # Before any training: is there something to test on?
+    sizes = [len(document.tokens) for document in tokenized(reading(config), ByteTokenizer())]
+    if max(sizes, default=0) < 2:
+        raise ValueError("test_paths: expected a text of two bytes or more, got none")
     parts, chunks = [], []
     for seed in config.seeds:
         for part in config.parts:
             with tempfile.TemporaryDirectory() as folder:
                 trained, score = train_part(config, part, seed, Path(folder) / "run")
             parts.append(score)
-            for size in config.chunks:
+            for size in () if trained.config.memory.decay_first else config.chunks:
                 bits = bits_per_byte(config, at_chunk(trained, size))
                 chunks.append(ChunkScore(part=part, seed=seed, chunk_size=size, bits_per_byte=bits))
     return AblationResult(config=config, parts=tuple(parts), chunks=tuple(chunks))
@@ -226,8 +233,11 @@ def train_part(
 
 def bits_per_byte(config: AblationConfig, trained: TitansLM) -> float:
     """Of the test text."""
-    reading = PerplexityConfig(paths=config.test_paths, max_tokens=config.test_tokens)
-    return perplexity(trained, reading).bits_per_byte
+    return perplexity(trained, reading(config)).bits_per_byte
+
+
+def reading(config: AblationConfig) -> PerplexityConfig:
+    return PerplexityConfig(paths=config.test_paths, max_tokens=config.test_tokens)
 
 
 def at_chunk(trained: TitansLM, size: int) -> TitansLM:

@@ -61,4 +61,7 @@ def wilson(right: float, asked: int) -> tuple[float, float]:
     centre = share + z**2 / (2 * asked)
     spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
     scale = 1 + z**2 / asked
-    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+    # All or none: the bound is exact, and rounding would leave it beside the share itself.
+    low = (centre - spread) / scale if right > 0 else 0.0
+    high = (centre + spread) / scale if right < asked else 1.0
+    return max(low, 0.0), min(high, 1.0)

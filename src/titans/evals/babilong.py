@@ -143,13 +143,20 @@ def ask(
 
 
 def names_it(said: str, target: str, question: str, labels: Sequence[str]) -> bool:
-    """Of `labels` not in the question, does the first sentence of `said` name just the target's?"""
+    """Of `labels` not in the question, does the first sentence of `said` name just the target's?
 
-    def words(text: str) -> set[str]:
-        return set(re.findall(r"\w+", text.lower()))
+    Where the answers are ways (task 19: `n,w`), steps count in their order.
+    """
 
-    possible = words(" ".join(labels)) - words(question)
-    return words(said.split(".")[0]) & possible == words(target)
+    def words(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+    wanted, named = words(target), words(" ".join(labels))
+    possible = (set(named) - set(words(question))) | set(wanted)
+    found = [word for word in words(said.split(".")[0]) if word in possible]
+    if set(named) <= set("nesw"):
+        return found == wanted
+    return set(found) == set(wanted)
 
 
 def plot(result: BabilongResult, path: Path) -> None:

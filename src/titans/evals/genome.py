@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int64
 
 from titans.data.dna import BASES, UNKNOWN, Codes, read_fasta, reverse_complement
+from titans.data.tokenizers import tokenizer_of
 from titans.evals.perplexity import PositionLoss, Positions, read_rows
 from titans.models.lm import TitansLM
 
@@ -54,8 +55,8 @@ class GenomeConfig:
             )
         if any(not 0 <= order <= 24 for order in self.orders):
             raise ValueError(f"orders must lie in 0..24, got {list(self.orders)}")
-        if self.smoothing <= 0:
-            raise ValueError(f"smoothing must be above 0, got {self.smoothing}")
+        if not 0 < self.smoothing <= 1e9:
+            raise ValueError(f"smoothing must lie above 0, up to 1e9, got {self.smoothing}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,12 @@ def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
     read: list[ContextBits] = []
     positions: tuple[PositionLoss, ...] = ()
     if model is not None:
-        if model.config.vocab_size < 256:
+        try:
+            tokenizer_of(model.config.vocab_size, None)
+        except ValueError:
             raise ValueError(
                 f"expected a model that reads bytes, got {model.config.vocab_size} tokens"
-            )
+            ) from None
         for context in sorted(config.contexts):
             row, positions = bits_at(model, parts.test, context, config)
             read.append(row)

@@ -36,6 +36,31 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def data_folder() -> Path:
+    """The folder that TITANS_DATA_DIR points to; without it a runner ends in one line."""
+    try:
+        return Path(os.environ["TITANS_DATA_DIR"]).resolve()
+    except KeyError:
+        raise SystemExit("TITANS_DATA_DIR is not set: expected the folder of the data") from None
+
+
+def name_of(path: Path) -> str:
+    return path.absolute().name.split(".")[0]  # of a link its own: GUE has mouse/0 and tf/0
+
+
+def by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Every path under its name; an error where two share one, as GUE's mouse/0 and tf/0 do."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = name_of(path)
+        if name in named:
+            raise SystemExit(
+                f"{path} and {named[name]} have one name, {name!r}: link or rename one"
+            )
+        named[name] = path.resolve()
+    return named
+
+
 def find(rows: Sequence[Row], job: Job) -> Row | None:
     """The row of a job: the one that has all its values."""
     return next((row for row in rows if all(row.get(k) == v for k, v in job.items())), None)
@@ -134,6 +159,8 @@ def run_jobs(
     process of its own, `function` then being importable; the threads of each are its own matter.
     Two processes at one table share its jobs: each waits for those that the other has begun.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     with closing(Claims(path.parent)) as claims:
         return fill(path, jobs, function, workers, claims)
 

@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 from titans.data.choices import Item, Option
-from titans.data.tokenizers import Tokenizer, load_tokenizer
+from titans.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of
 from titans.evals.commonsense import EncodedOption, encode_item, likelihoods
 from titans.evals.harness.until import Until, continuations
 from titans.evals.perplexity import encode, read_rows
@@ -49,8 +49,8 @@ class HarnessLM(LM):
         batch_size: documents or prompts read side by side. write=False: memories are only read.
         max_batch_size: of lm-eval's automatic sizes, which there are none of.
 
-        Raises ValueError for a batch size that is no number, and for a tokenizer with more tokens
-        than the model.
+        Raises ValueError for a batch size that is no number, and for a tokenizer that is not the
+        model's.
         """
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -59,14 +59,10 @@ class HarnessLM(LM):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command says cuda:0 where the user says nothing
         self.model = model if device is None else model.to(device)
-        self.text = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        self.text = tokenizer_of(self.model.config.vocab_size, given)
         self.rows, self.write = int(batch_size), write
         self._device = next(self.model.parameters()).device
-        if self.text.vocab_size > self.model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.text.vocab_size} tokens, the model "
-                f"{self.model.config.vocab_size}"
-            )
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
