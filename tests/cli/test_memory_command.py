@@ -217,7 +217,7 @@ def test_tokens_mean_what_they_meant_when_they_were_read(capsys, tmp_path, texts
     run(capsys, "read", paths[300], texts[1], "--memory", target, "-o", target)
     message = refused(capsys, "read", paths[257], texts[0], "-o", target, *given)
     size = BPETokenizer.from_file(tokenizer).vocab_size
-    assert f"has {size} ids, the model's vocabulary is 257" in message
+    assert f"has {size} tokens, the model 257: name the one" in message
 
 
 def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_file, texts) -> None:

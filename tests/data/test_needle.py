@@ -236,8 +236,9 @@ def test_prose_without_ends_has_gaps_too(folder, tmp_path, text):
         assert abs(place - depth) < 0.06, (place, depth)
 
 
-def test_names_in_capitals_are_text_too(tmp_path):
+def test_names_in_capitals_are_text_too_and_empty_files_are_none(tmp_path):
     (tmp_path / "ESSAY.TXT").write_text("One. Two.")
+    (tmp_path / "empty.txt").touch()
     assert prose_files([tmp_path], held_out=True) == [tmp_path / "ESSAY.TXT"]
 
 

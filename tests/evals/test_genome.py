@@ -151,6 +151,8 @@ def test_baselines_alone_and_models_that_do_not_fit(tmp_path) -> None:
         genome(build(vocab_size=2048), config)  # it would read other tokens of its own
     with pytest.raises(ValueError, match="smoothing must lie above 0, up to 1e9, got nan"):
         dataclasses.replace(config, smoothing=math.nan)
+    assert GenomeConfig(path=path, test=5000).contexts == (1024, 4096)
+    assert GenomeConfig(path=path, test=40).contexts == (40,)
     with pytest.raises(ValueError, match=r"contexts must lie in 2\.\.1048576"):
         GenomeConfig(path=path, contexts=())
     with pytest.raises(ValueError, match=r"contexts must lie in 2\.\.40 \(test\), got \[8, 41\]"):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from titans.cli.fields import add_fields, from_options
 from titans.cli.parser import Parser, add_json, verb
+from titans.cli.reading import open_model
 
 
 class Suite(NamedTuple):
@@ -66,7 +67,9 @@ class SuiteParser(Parser):
             suite, self.suite = self.suite, None
             if suite.reads:
                 self.add_argument(
-                    "--checkpoint", type=Path, required=True, help="a model file (safetensors)"
+                    "--checkpoint",
+                    required=True,
+                    help="a model file (safetensors), or 'demo' for the packaged one",
                 )
             if suite.reads and suite.tokenizer:
                 self.add_argument(
@@ -103,10 +106,9 @@ def run_eval(options: argparse.Namespace) -> None:
         function = partial(function, watch=progress)
     if suite.reads:
         from titans.data.tokenizers import load_tokenizer
-        from titans.models.lm import load
         from titans.train.loop import choose_device
 
-        model = load(options.checkpoint, choose_device(options.device))
+        model = open_model(options.checkpoint, choose_device(options.device))
         extra = (load_tokenizer(options.tokenizer),) if suite.tokenizer else ()
         result = function(model, config, *extra)
     else:

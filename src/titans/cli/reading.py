@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from titans.cli.parser import Parser, count
 
 if TYPE_CHECKING:
+    import torch
+
     from titans.data.tokenizers import Tokenizer
     from titans.generate import Sampling
     from titans.models.lm import TitansLM
@@ -50,25 +52,19 @@ def sampling(options: argparse.Namespace) -> "Sampling":
     )
 
 
-def open_model(name: str) -> "TitansLM":
+def open_model(name: str | Path, device: "torch.device | str" = "cpu") -> "TitansLM":
     """The model in a file, or the packaged one under its name."""
     from titans.demo import asset
     from titans.models.lm import load
 
-    return load(asset("demo.safetensors") if name == DEMO else name)
+    return load(asset("demo.safetensors") if str(name) == DEMO else name, device)
 
 
 def open_tokenizer(name: str, model: "TitansLM") -> "Tokenizer":
-    """A tokenizer whose ids the model knows."""
-    from titans.data.tokenizers import ByteTokenizer, load_tokenizer
+    """The tokenizer of that name, which must be the model's."""
+    from titans.data.tokenizers import load_tokenizer, tokenizer_of
 
-    tokenizer = load_tokenizer(name)
-    known = model.config.vocab_size
-    if not isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size > known:
-        raise ValueError(
-            f"tokenizer {name} has {tokenizer.vocab_size} ids, the model's vocabulary is {known}"
-        )
-    return tokenizer
+    return tokenizer_of(model.config.vocab_size, load_tokenizer(name))
 
 
 def open_memory(path: Path, model: "TitansLM", tokenizer: "Tokenizer") -> "ModelState":

@@ -160,7 +160,9 @@ def prose_files(paths: Sequence[str | Path], held_out: bool) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if is_text(p) and p.is_file())
+        inside = sorted(
+            p for p in path.rglob("*") if is_text(p) and p.is_file() and p.stat().st_size
+        )
         tests = [p for p in inside if p.name.startswith(HELD_OUT_BOOKS)]
         if tests:
             inside = tests if held_out else [p for p in inside if p not in tests]

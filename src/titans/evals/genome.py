@@ -21,6 +21,7 @@ from titans.data.tokenizers import tokenizer_of
 from titans.evals.perplexity import PositionLoss, Positions, read_rows
 from titans.models.lm import TitansLM
 
+CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**18, 2**20)
 AT_ONCE = 65536
 """Tokens read in one forward pass, at most, where windows lie side by side."""
 
@@ -35,8 +36,9 @@ class GenomeConfig:
     """Bases held out at the record's end."""
     valid: int = 2**17
     """Bases before those, which neither training nor this evaluation reads."""
-    contexts: tuple[int, ...] = (2**10, 2**12, 2**14, 2**16, 2**18, 2**20)
-    """N, the bases read between two resets of the memory."""
+    contexts: tuple[int, ...] = CONTEXTS
+    """N, the bases read between two resets of the memory; those of the default that are longer
+    than `test` are left out."""
     orders: tuple[int, ...] = tuple(range(13))
     """Of the Markov chains."""
     smoothing: float = 1.0
@@ -49,6 +51,9 @@ class GenomeConfig:
     def __post_init__(self) -> None:
         if min(self.test, self.valid + 1, self.piece) < 1:
             raise ValueError("test and piece must be at least 1, valid not negative")
+        if self.contexts == CONTEXTS:
+            fitting = tuple(n for n in CONTEXTS if n <= self.test)
+            object.__setattr__(self, "contexts", fitting or (self.test,))
         if not self.contexts or min(self.contexts) < 2 or max(self.contexts) > self.test:
             raise ValueError(
                 f"contexts must lie in 2..{self.test} (test), got {list(self.contexts)}"
