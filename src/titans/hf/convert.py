@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer
+from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer, tokenizer_of
 from titans.hf.model import TitansForCausalLM
 from titans.models.lm import TitansLM
 
@@ -11,19 +11,14 @@ from titans.models.lm import TitansLM
 def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write weights, configuration and code, and the tokenizer if one is given.
 
-    Raises ValueError for a file in the folder's place, or a tokenizer with ids that the model
-    does not know.
+    Raises ValueError for a file in the folder's place, or a tokenizer that is not the model's.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write")
     given: dict[str, Any] = {}
     if tokenizer is not None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
-                f"the model's vocabulary is {model.config.vocab_size}"
-            )
+        tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
         given = {"eos_token_id": tokenizer.end_of_document}
     TitansForCausalLM.from_titans(model, **given).save_pretrained(folder)
     if tokenizer is not None:
