@@ -78,25 +78,25 @@ PAPER_LENGTHS = (2048, 4096, 8192, 16384)
 TWO_LAYERS = {"depth": 2, "expansion": 2, "residual": True, "norm": True, "chunk_size": 16}
 
 
-def row(variant: Variant, memory: dict[str, Any] | None = None, **changes: Any) -> TitansConfig:
+def based(variant: Variant, memory: dict[str, Any] | None = None, **changes: Any) -> TitansConfig:
     """A model of the table before it has the size of all: BASE, and what is its own."""
     return replace(BASE, variant=variant, memory=replace(BASE.memory, **memory or {}), **changes)
 
 
 MODELS: dict[str, TitansConfig] = {
-    "Titans LMM": row("lmm"),
-    "Titans MAC": row("mac"),
-    "Titans MAG": row("mag"),
-    "Titans MAL": row("mal"),
-    "Titans LMM, two-layer memory": row("lmm", TWO_LAYERS),
+    "Titans LMM": based("lmm"),
+    "Titans MAC": based("mac"),
+    "Titans MAG": based("mag"),
+    "Titans MAL": based("mal"),
+    "Titans LMM, two-layer memory": based("lmm", TWO_LAYERS),
     # Gated the other way round it had copied nothing after 300 steps (docs/results.md).
-    "Titans MAC, two-layer memory": row(
+    "Titans MAC, two-layer memory": based(
         "mac", TWO_LAYERS, gate_branch="attention", gate_activation="sigmoid"
     ),
-    "TTT-MLP": row("ttt-mlp"),
-    "Gated DeltaNet": row("gated-deltanet"),
-    "Mamba2": row("mamba2"),
-    "Sliding attention": row("sliding"),
+    "TTT-MLP": based("ttt-mlp"),
+    "Gated DeltaNet": based("gated-deltanet"),
+    "Mamba2": based("mamba2"),
+    "Sliding attention": based("sliding"),
 }
 # The paper's rows at 2K, 4K, 8K and 16K, for those of the same name.
 PAPER = {
@@ -328,7 +328,9 @@ def write_page(rows: list[Row]) -> None:
         "and values by a hash, books by name; training has WikiText-2 too. Below a model's row is",
         "the paper's, where there is one (170M to 760M parameters, Llama's tokens, two-layer",
         "memories in its Titans); the Titans' memories here are linear, one matrix a layer, where",
-        "their name does not say otherwise, TTT-MLP's has two layers. Keys start as",
+        "their name does not say otherwise, TTT-MLP's has two layers. The MAC with a two-layer",
+        "memory has its product's gate on attention's side (`gate_branch`), without which it had",
+        "not begun to copy. Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
         "asked, so far or because no more than 5 % were found at a shorter length.",
         "",

@@ -52,12 +52,12 @@ def sampling(options: argparse.Namespace) -> "Sampling":
     )
 
 
-def open_model(name: str | Path, device: "torch.device | str" = "cpu") -> "TitansLM":
+def open_model(name: str, device: "torch.device | str" = "cpu") -> "TitansLM":
     """The model in a file, or the packaged one under its name."""
     from titans.demo import asset
     from titans.models.lm import load
 
-    return load(asset("demo.safetensors") if str(name) == DEMO else name, device)
+    return load(asset("demo.safetensors") if name == DEMO else name, device)
 
 
 def open_tokenizer(name: str, model: "TitansLM") -> "Tokenizer":

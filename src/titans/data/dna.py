@@ -22,7 +22,7 @@ from titans.data.documents import csv_rows, open_text
 BASES = "ACGTN"
 UNKNOWN = BASES.index("N")
 DEV_FRACTION = 0.1
-LABEL_DIGITS = 4
+LABEL_DIGITS = 4  # there are as many classes as the largest label says
 
 _NONE = 255
 _CODES = np.full(256, _NONE, dtype=np.uint8)

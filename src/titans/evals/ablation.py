@@ -145,7 +145,7 @@ class AblationConfig:
                 raise ValueError(unknown("part", name, tuple(PARTS)))
         if self.chunks and min(self.chunks) < 1:
             raise ValueError(f"chunks must be at least 1, got {list(self.chunks)}")
-        reading(self)  # raises where it is not to be read
+        reading(self)  # raises for settings that it refuses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +237,7 @@ def bits_per_byte(config: AblationConfig, trained: TitansLM) -> float:
 
 
 def reading(config: AblationConfig) -> PerplexityConfig:
+    """How the test text is read."""
     return PerplexityConfig(paths=config.test_paths, max_tokens=config.test_tokens)
 
 

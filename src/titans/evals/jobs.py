@@ -44,15 +44,11 @@ def data_folder() -> Path:
         raise SystemExit("TITANS_DATA_DIR is not set: expected the folder of the data") from None
 
 
-def name_of(path: Path) -> str:
-    return path.absolute().name.split(".")[0]  # of a link its own: GUE has mouse/0 and tf/0
-
-
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
     """Every path under its name; an error where two share one, as GUE's mouse/0 and tf/0 do."""
     named: dict[str, Path] = {}
     for path in paths:
-        name = name_of(path)
+        name = path.absolute().name.split(".")[0]  # of a link its own
         if name in named:
             raise SystemExit(
                 f"{path} and {named[name]} have one name, {name!r}: link or rename one"
