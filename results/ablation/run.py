@@ -6,7 +6,6 @@
 results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
 """
 
-import argparse
 import dataclasses
 import math
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.evals.ablation import PARTS, AblationConfig, at_chunk, bits_per_byte, train_part
-from titans.evals.jobs import data_folder, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import data_folder, read_rows, run_jobs, runner_parser, split_diverged
 from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -115,12 +114,9 @@ def chunk_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser = runner_parser(__doc__, "runs/ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

@@ -9,7 +9,6 @@ memories, and these alone, or all weights, are trained. Writes results.json and 
 this file. Weights are kept in --runs; a finished training or measurement is not repeated.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 from titans.config import MemoryConfig
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import kept, read_rows, run_jobs
+from titans.evals.jobs import kept, read_rows, run_jobs, runner_parser
 from titans.evals.recall import fit_pairs
 from titans.evals.report import markdown_table, readable
 from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
@@ -245,12 +244,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/adapt"))
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser = runner_parser(__doc__, "runs/adapt")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     runs, path = options.runs.resolve(), HERE / "results.json"
     runs.mkdir(parents=True, exist_ok=True)

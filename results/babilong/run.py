@@ -11,7 +11,6 @@ results.json are not repeated, and a stopped training goes on from its last chec
 Trained models are kept in `weights/` beside the table, with their tokenizer.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +26,16 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
-from titans.evals.jobs import Row, data_folder, find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import (
+    Row,
+    data_folder,
+    find,
+    kept,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.report import markdown_table, percent, readable
 from titans.evals.written import written
 from titans.models.lm import TitansLM, load
@@ -297,13 +305,10 @@ def write_page(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/babilong"))
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser = runner_parser(__doc__, "runs/babilong")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--tasks", type=int, choices=TASKS, nargs="+", default=TASKS)
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:

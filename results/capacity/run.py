@@ -6,14 +6,13 @@ Multi-query associative recall (`titans eval recall`): every model is trained fr
 of 1 to 64 pairs and asked for 4 to 128. Finished rows of results.json are not repeated.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from titans.evals.jobs import read_rows, run_jobs, split_diverged
+from titans.evals.jobs import read_rows, run_jobs, runner_parser, split_diverged
 from titans.evals.recall import RecallConfig, recall
 from titans.evals.report import markdown_table
 
@@ -83,10 +82,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser = runner_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

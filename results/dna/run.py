@@ -8,7 +8,6 @@ TITANS_DATA_DIR holds `dna/prom_core_notata`, `dna/mouse_0` and `dna/ecoli_k12_m
 not repeated, and a stopped training on a genome goes on from its last checkpoint in --runs.
 """
 
-import argparse
 import dataclasses
 import time
 from functools import partial
@@ -28,7 +27,14 @@ from titans.evals.genome import (
     plot_contexts,
     split_genome,
 )
-from titans.evals.jobs import by_name, data_folder, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import (
+    by_name,
+    data_folder,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.perplexity import PositionLoss, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -314,15 +320,12 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/dna"))
+    parser = runner_parser(__doc__, "runs/dna")
     parser.add_argument("--only", nargs="+", metavar="NAME[/MODEL]", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--task", type=Path, nargs="+", default=[], help="folders besides GUE's")
     parser.add_argument("--genome", type=Path, nargs="+", default=[], help="FASTA files, likewise")
-    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each")
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

@@ -8,7 +8,6 @@ of your own, with the settings of the series they are most like (`settings_of`).
 it again.
 """
 
-import argparse
 import dataclasses
 import itertools
 import statistics
@@ -19,7 +18,14 @@ from typing import Any
 import torch
 
 from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_examples
-from titans.evals.jobs import by_name, data_folder, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import (
+    by_name,
+    data_folder,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -203,17 +209,13 @@ def find(root: Path, name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     parser.add_argument("--only", choices=SERIES, nargs="*", default=list(SERIES))
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="CSV files of your own")
     parser.add_argument("--horizon", type=int, choices=HORIZONS, nargs="+", default=HORIZONS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

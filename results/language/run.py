@@ -11,7 +11,6 @@ results.json is not repeated, and a stopped training goes on from its last check
 TITANS_DATA_DIR holds `text/wikitext-2/{train,valid,test}.txt.gz` and `books/*.txt.gz`.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -25,7 +24,7 @@ from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
-from titans.evals.jobs import data_folder, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import data_folder, read_rows, run_jobs, runner_parser, split_diverged
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
 from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
@@ -258,13 +257,10 @@ def stream_cell(seeds: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/language"))
-    parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
+    parser = runner_parser(__doc__, "runs/language")
     parser.add_argument("--corpus", choices=CORPORA, nargs="+", default=CORPORA)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

@@ -15,7 +15,6 @@ checkpoint in --runs. Trained models are kept in `weights/` beside the table, wi
 so that they can be asked further, here or by `titans eval needle`.
 """
 
-import argparse
 import random
 import time
 from dataclasses import asdict, replace
@@ -30,7 +29,16 @@ from titans.data.documents import read_documents
 from titans.data.haystack import NOISE, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
-from titans.evals.jobs import Row, data_folder, find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import (
+    Row,
+    data_folder,
+    find,
+    kept,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
@@ -398,13 +406,10 @@ def write_page(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser = runner_parser(__doc__, "runs/needle")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     path, rows = HERE / "results.json", read_rows(HERE / "results.json")
     if not options.table_only:

@@ -8,7 +8,6 @@ ones. Writes results.json, README.md and recall.png beside this file. Weights ar
 a finished training or measurement is not repeated.
 """
 
-import argparse
 import dataclasses
 import time
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 import titans
 from titans import MemoryConfig, TitansConfig, TitansLM
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import find, kept, read_rows, run_jobs, split_diverged
+from titans.evals.jobs import find, kept, read_rows, run_jobs, runner_parser, split_diverged
 from titans.evals.recall import fit_pairs
 from titans.evals.report import markdown_table
 
@@ -168,13 +167,10 @@ def plot(asked: list[dict[str, Any]], names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/recall"))
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser = runner_parser(__doc__, "runs/recall")
     parser.add_argument("--model", choices=models(), nargs="+", default=list(models()))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     options = parser.parse_args()
     runs, path = options.runs.resolve(), HERE / "results.json"
     runs.mkdir(parents=True, exist_ok=True)

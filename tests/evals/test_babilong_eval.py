@@ -82,6 +82,15 @@ def test_who_reads_everything_knows_everything(folder):
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_facts_alone_need_no_prose(folder):
+    reader = Scripted(lambda text: f" {last(text)}.")
+    told = [
+        babilong(reader, config(folder, lengths=(0,), **more)).cells
+        for more in ({}, {"paths": (str(folder / "none"),)})
+    ]
+    assert told[0] == told[1]
+
+
 def test_the_order_of_the_facts_tells_the_answer(folder):
     first = Scripted(lambda text: f" {re.findall('Mary went to the ([a-z]+)', text)[0]}.")
     assert {cell.score for cell in babilong(first, config(folder)).cells} == {0.0}

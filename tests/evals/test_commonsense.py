@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 from titans import MemoryConfig, TitansConfig, TitansLM, preset
 from titans.data.choices import Item, Option
 from titans.data.tokenizers import ByteTokenizer
+from titans.evals import commonsense as module
 from titans.evals.commonsense import CommonsenseConfig, commonsense, encode_item, score
 
 DATA = Path(os.environ.get("TITANS_DATA_DIR", "absent")) / "commonsense"
@@ -127,6 +128,16 @@ def test_a_whole_that_is_split_otherwise_is_scored_in_its_parts() -> None:
     (option, _) = encode_item(Reversing(), Item((Option("ab", " c"), Option("ab", " d")), 0))
     assert bytes(option.context) == b"ba"
     assert bytes(option.continuation) == b"c "
+
+
+def test_a_file_that_cannot_be_read_is_told_before_any_question_is_asked(
+    tmp_path, monkeypatch, without_shape_checks
+) -> None:
+    write_items(tmp_path / "a.jsonl", (["aa", "bb"], 0))
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    monkeypatch.setattr(module, "judge", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"b\.jsonl:1"):
+        commonsense(Prefers("a", 1.0), CommonsenseConfig(paths=(str(tmp_path),)))
 
 
 def test_errors() -> None:

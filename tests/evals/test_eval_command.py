@@ -60,6 +60,15 @@ def test_a_bad_option_is_one_line(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parsed("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("it must be given, 100 %. --", "Several. [1 2]", "[one]", "[0.5]", "[on]"):
+        assert text in said
+    assert said.endswith("--limit INT")
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_describes_its_options(capsys, name):
     with pytest.raises(SystemExit, match="0"):

@@ -205,6 +205,7 @@ def test_what_there_is_not_is_refused_before_training(
         ({"channels": ("a", "c")}, "no channel 'c'; known: a, b"),
         ({"horizons": (12, 48), "window": 280}, r"window must lie in 0\.\.252, got 280"),
         ({"horizons": (12, 720)}, "too short for look-back 48 and horizon 720"),
+        ({"models": ("dlinear", "lmm"), "heads": 3}, r"dim \(16\) must be a multiple of heads"),
     ]:
         with pytest.raises(ValueError, match=message):
             forecast(ForecastConfig(data=seasonal, **short, **changes))

@@ -487,10 +487,12 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "manager.py"))
     build().save(tmp_path / "m.safetensors")
+    (tmp_path / "bad.yaml").write_text("task: a\n  b: [\n")
     start = ["eval", "harness", "--checkpoint", str(tmp_path / "m.safetensors"), "--tasks"]
     for arguments, message in [
         (["titans_piq"], "unknown task 'titans_piq': expected titans_arc_challenge, "),
         (["titans_piqa", "--include", "no"], "no: no such folder of task files"),
+        ([str(tmp_path / "bad.yaml")], 'bad.yaml", line 2, column 4'),
         (["titans_piqa", "--questions", "no"], "no: no such folder of questions"),
         (["titans_piqa", "--questions", str(TASKS.parent.parent)], "no question files in it"),
         (["titans_text", "--text", "no"], "no: no such file or folder"),

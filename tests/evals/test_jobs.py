@@ -17,6 +17,7 @@ from titans.evals.jobs import (
     kept,
     read_rows,
     run_jobs,
+    runner_parser,
     split_diverged,
 )
 from titans.train.objective import NonFiniteError
@@ -113,6 +114,17 @@ def test_what_a_runner_needs_is_said_in_a_line(tmp_path, monkeypatch):
     assert data_folder() == tmp_path.resolve()
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         run_jobs(tmp_path / "results.json", JOBS, twice, workers=0)
+
+
+def test_the_options_of_every_runner(capsys):
+    parser = runner_parser("What it measures.\n\n    How it is run", "runs/here")
+    options = parser.parse_args(["--workers", "2"])
+    assert (options.runs, options.workers, options.table_only) == (Path("runs/here"), 2, False)
+    for wrong in ("0", "-1", "two"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(["--workers", wrong])
+        assert f"expected a number of at least 1, got '{wrong}'" in capsys.readouterr().err
+    assert "measures.\n\n    How" in parser.format_help()
 
 
 def test_a_row_belongs_to_the_job_with_all_its_values():

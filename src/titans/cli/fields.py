@@ -22,9 +22,10 @@ def add_fields(parser: Parser, cls: type) -> None:
     texts = field_docs(cls)
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"help": texts.get(field.name), "required": required}
+        options: dict[str, Any] = {"help": texts.get(field.name, ""), "required": required}
         if not required:
             options["default"] = field.default
+            options["help"] += shown(field.default)
         parser.add_argument(
             "--" + field.name.replace("_", "-"), **options, **kind_of(hints[field.name])
         )
@@ -34,6 +35,17 @@ def from_options(cls: type, options: argparse.Namespace) -> Any:
     """The dataclass that the options say."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(cls)}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def shown(default: Any) -> str:
+    """A default at the end of a help text, as one would type it; nothing where none is given."""
+    if default is None or default in ("", ()):
+        return ""
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    values = default if isinstance(default, tuple) else (default,)
+    text = " ".join(repr(v)[1:-1] if isinstance(v, str) else str(v) for v in values)
+    return f" [{text}]".replace("%", "%%")
 
 
 def kind_of(hint: Any) -> dict[str, Any]:

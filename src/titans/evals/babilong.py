@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from titans.data.babilong import BabiTask, test_questions
-from titans.data.haystack import prose
+from titans.data.haystack import noise, prose
 from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.evals.answers import answer, exact, wilson
 from titans.evals.report import readable
@@ -94,7 +94,9 @@ def babilong(
     """
     tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     (folder,) = expand_paths((config.folder,))
-    text = prose(expand_paths(config.paths), tokenizer, held_out=True)
+    text = noise(tokenizer)  # of which facts alone need none
+    if any(config.lengths):
+        text = prose(expand_paths(config.paths), tokenizer, held_out=True)
     tasks = [BabiTask(test_questions(folder, number), text, tokenizer) for number in config.tasks]
     cells = []
     for number, task in zip(config.tasks, tasks, strict=True):

@@ -82,13 +82,16 @@ def commonsense(
 ) -> CommonsenseResult:
     """Score every file of `config.paths`; the tokenizer defaults to bytes.
 
-    Raises ValueError, in one line, for a file that is none of the layouts and for a tokenizer
-    that is not the model's.
+    Raises ValueError, in one line and before any question is asked, for a file that is none of
+    the layouts and for a tokenizer that is not the model's.
     """
     tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     tasks = []
-    for path in choice_files(config.paths):
-        items = islice(read_choices(path, config.answer), config.limit or None)
+    files = {
+        path: list(islice(read_choices(path, config.answer), config.limit or None))
+        for path in choice_files(config.paths)
+    }
+    for path, items in files.items():
         right = [judge(model, tokenizer, item, config.write) for item in items]
         tasks.append(task_score(task_name(path), right))
     return CommonsenseResult(

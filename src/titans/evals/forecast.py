@@ -194,13 +194,17 @@ def forecast(
     """Train every model on the training part, stop by the validation part, score the test part.
 
     watch: is told each run as soon as it is there. ValueError, before any training, for data that
-    cannot be read or do not fit, and a window or channel that there is not.
+    cannot be read or do not fit, for sizes that make no model, and for a window or channel that
+    there is not.
     """
     series = [load(config.settings(config.models[0], horizon)) for horizon in config.horizons]
     known = series[0].channels
     channels = list(dict.fromkeys(config.channels or (known[0], known[-1])))
     for data in series:
         chosen_window(data, config.window, channels)
+        with torch.device("meta"):
+            for model in config.models:
+                build(config.settings(model, data.horizon))
     runs, examples = [], []
     for horizon, data in zip(config.horizons, series, strict=True):
         shown: list[Example] = []

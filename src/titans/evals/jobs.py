@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
@@ -42,6 +43,23 @@ def data_folder() -> Path:
         return Path(os.environ["TITANS_DATA_DIR"]).resolve()
     except KeyError:
         raise SystemExit("TITANS_DATA_DIR is not set: expected the folder of the data") from None
+
+
+def runner_parser(text: str, runs: str | None = None) -> ArgumentParser:
+    """The options that all runners have: --workers, --table-only and, where it keeps trainings in
+    a folder, --runs. text: the runner's docstring."""
+    parser = ArgumentParser(description=text, formatter_class=RawDescriptionHelpFormatter)
+    if runs is not None:
+        parser.add_argument("--runs", type=Path, default=Path(runs), help="folder of trainings")
+    parser.add_argument("--workers", type=at_least_one, default=1, help="processes side by side")
+    parser.add_argument("--table-only", action="store_true", help="from the finished rows")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:

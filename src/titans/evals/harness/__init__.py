@@ -82,16 +82,21 @@ def harness(
 ) -> HarnessResult:
     """Run the tasks with lm-eval; the tokenizer defaults to bytes.
 
-    Raises ImportError without the extra `eval`, and ValueError, in one line, for an unknown task
-    and for files that are missing.
+    Raises ImportError without the extra `eval`, and ValueError, in one line, for an unknown task,
+    for a task file that is not YAML and for files that are missing.
     """
     from titans.evals.harness.model import HarnessLM  # also says what to install
     from lm_eval import __version__, evaluate  # isort: skip
+    from yaml import YAMLError
 
     lm = HarnessLM(model, tokenizer or "bytes", batch_size=config.rows, write=config.write)
     torch.manual_seed(config.seed)
     with errors_only():
-        loaded = task_manager(config, lm.text.name).load(list(config.tasks))
+        manager = task_manager(config, lm.text.name)
+        try:
+            loaded = manager.load(list(config.tasks))
+        except YAMLError as error:
+            raise ValueError(f"a task file is not YAML: {error}") from None
         for task in loaded["tasks"].values():
             fixed = task.config.num_fewshot  # 0: the task has no examples
             shots = fixed if fixed == 0 or config.fewshot is None else config.fewshot
