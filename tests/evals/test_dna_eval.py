@@ -135,6 +135,16 @@ def test_it_stops_early_and_keeps_the_best_weights(tmp_path, monkeypatch) -> Non
         assert torch.equal(tensor, seen[1][name])
 
 
+def test_a_model_that_begins_late_is_waited_for(tmp_path, monkeypatch) -> None:
+    """MAC and MAG said one class for five epochs, and were tested with the weights of the first."""
+    config = small(tmp_path, epochs=9, patience=2)
+    values = iter([0.0, 0.0, -0.1, 0.0, 0.3, 0.2, 0.2])
+    monkeypatch.setattr(module, "judge", lambda *_: module.Judgement(next(values), 0.0))
+    model = module.build_classifier(config, "cnn", 2)
+    curve = module.train_classifier(model, load_task(config), config, 0)
+    assert curve == [0.0, 0.0, -0.1, 0.0, 0.3, 0.2, 0.2]
+
+
 def test_both_strands_are_judged_alike(tmp_path) -> None:
     config = small(tmp_path, reverse_complement=True)
     task = load_task(config)

@@ -53,7 +53,8 @@ class DNAConfig:
     epochs: int = 12
     """At most."""
     patience: int = 4
-    """Stop after so many epochs without a better dev."""
+    """Stop after so many epochs without a better dev; not before dev is better than a guess, since
+    some models begin late."""
     batch_size: int = 64
     learning_rate: float = 4e-3
     """Its highest; a linear warm-up over a tenth of the steps, then a cosine over all epochs."""
@@ -211,7 +212,8 @@ def train_classifier(model: nn.Module, task: DNATask, config: DNAConfig, seed: i
         curve.append(judge(model, task.dev, config).mcc)
         if curve[-1] == max(curve) and curve.count(curve[-1]) == 1:
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if len(curve) - 1 - int(np.argmax(curve)) >= config.patience:
+        since_best = len(curve) - 1 - int(np.argmax(curve))
+        if max(curve) > 0 and since_best >= config.patience:
             break
     model.load_state_dict(best)
     return curve
