@@ -41,7 +41,7 @@ from titans.evals.written import written
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import train
+from titans.train.loop import choose_device, train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
@@ -229,7 +229,7 @@ def test(job: Row, root: Path) -> Row:
         paths=(str(root / "books"),),
     )
     begin = time.perf_counter()
-    (cell,) = babilong(load(path), config, load_tokenizer(TOKENIZER)).cells
+    (cell,) = babilong(load(path, choose_device("auto")), config, load_tokenizer(TOKENIZER)).cells
     row = {key: getattr(cell, key) for key in ("asked", "score", "exact", "low", "high", "guess")}
     return row | {"seconds": time.perf_counter() - begin}
 

@@ -40,7 +40,7 @@ from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import train
+from titans.train.loop import choose_device, train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ NAMES = {
 CLASSIFIERS = ("lmm", "mac", "mag", "mal", "transformer", CNN)
 LANGUAGE_MODELS = ("lmm", "mac", "mag", "mal", "sliding", "gated-deltanet")
 # A sequence of prom_core_notata has 70 bases and is one of 42,452; one of mouse_0 101, of 6,478.
-SETTINGS: dict[str, dict[str, Any]] = {"prom_core_notata": {"epochs": 6}}
+SETTINGS: dict[str, dict[str, Any]] = {"prom_core_notata": {"epochs": 4}}
 
 # What the language models are matched to.
 BASE = TitansConfig(
@@ -77,9 +77,14 @@ BASE = TitansConfig(
 STEPS, BATCH, LENGTH, SEGMENTS = 1000, 8192, 1024, 8
 
 
+def classifying(task: str, folder: Path | str) -> DNAConfig:
+    """How classifiers of a task are trained."""
+    return DNAConfig(folder=str(folder), **SETTINGS.get(task, {}))
+
+
 def classify(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and test one classifier."""
-    config = DNAConfig(folder=str(folder), **SETTINGS.get(job["task"], {}))
+    config = classifying(job["task"], folder)
     task = load_task(config)
     score = train_and_test(config, task, job["model"], job["seed"])
     return dataclasses.asdict(score) | {"split": task.split}
@@ -118,7 +123,7 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
     trained = train(config, folder, progress=False)
     if not trained.finished:
         raise KeyboardInterrupt
-    model = load(trained.checkpoint / "model.safetensors")
+    model = load(trained.checkpoint / "model.safetensors", choose_device("auto"))
     began = time.perf_counter()
     settings = dataclasses.replace(settings, orders=())
     result = genome(model, settings)
@@ -227,11 +232,12 @@ def classification_page(rows: list[dict[str, Any]]) -> list[str]:
                         f"{minutes:.1f}",
                     ]
                 )
+        epochs = classifying(task, task).epochs
         lines += [
             f"### {task}",
             "",
-            f"{ours[0]['train_sequences']:,} sequences to train on, {ours[0]['test_sequences']:,} "
-            f"to test; {ours[0]['split']}.",
+            f"{ours[0]['train_sequences']:,} sequences to train on, at most {epochs} times; "
+            f"{ours[0]['test_sequences']:,} to test; {ours[0]['split']}.",
             "",
         ]
         header = ("model", "parameters", "dev MCC", "test MCC", "test accuracy", "seeds", "minutes")

@@ -30,7 +30,7 @@ from titans.evals.report import markdown_table
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import train
+from titans.train.loop import choose_device, train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     }
     if job["stage"] == "tune":
         return done
-    model = load(result.checkpoint / "model.safetensors")
+    model = load(result.checkpoint / "model.safetensors", choose_device("auto"))
     tokenizer = load_tokenizer(data / "tokenizer.json")
     windows = PerplexityConfig(paths=(str(data / "windows.jsonl"),), rows=8)
     tested = perplexity(model, windows, tokenizer)

@@ -44,7 +44,7 @@ from titans.evals.report import markdown_table, percent, readable
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import train
+from titans.train.loop import choose_device, train
 from titans.train.metrics import read_metrics, training_seconds
 
 HERE = Path(__file__).parent
@@ -289,7 +289,7 @@ def test(job: Row, root: Path) -> Row:
         paths=(str(root / "books"),),
     )
     begin = time.perf_counter()
-    (cell,) = needle(load(path), config, load_tokenizer(TOKENIZER)).cells
+    (cell,) = needle(load(path, choose_device("auto")), config, load_tokenizer(TOKENIZER)).cells
     row = {key: getattr(cell, key) for key in ("asked", "score", "exact", "low", "high")}
     return row | {"seconds": time.perf_counter() - begin}
 
@@ -306,7 +306,7 @@ def sweep(job: Row, root: Path) -> Row:
         paths=(str(root / "books"),),
     )
     tokenizer = load_tokenizer(TOKENIZER)
-    result = needle(load(weights(job["model"])), config, tokenizer)
+    result = needle(load(weights(job["model"]), choose_device("auto")), config, tokenizer)
     return {"cells": [asdict(cell) for cell in result.cells]}
 
 
