@@ -61,7 +61,7 @@ NAMES = {
 CLASSIFIERS = ("lmm", "mac", "mag", "mal", "transformer", CNN)
 LANGUAGE_MODELS = ("lmm", "mac", "mag", "mal", "sliding", "gated-deltanet")
 # A sequence of prom_core_notata has 70 bases and is one of 42,452; one of mouse_0 101, of 6,478.
-SETTINGS: dict[str, dict[str, Any]] = {"prom_core_notata": {"epochs": 4}}
+SETTINGS: dict[str, dict[str, Any]] = {"prom_core_notata": {"epochs": 3}}
 
 # What the language models are matched to.
 BASE = TitansConfig(

@@ -50,6 +50,10 @@ def test_fields_are_options():
         ([], "--where"),
         (["--where", "a", "--kind", "three"], "invalid choice: 'three'"),
         (["--where", "a", "--sizes", "few"], "expected a positive number such as 64K, got 'few'"),
+        (
+            ["--where", "a", "--limit", str(2**63)],
+            f"--limit: expected a number below 2^63, got {2**63}",
+        ),
     ],
 )
 def test_a_bad_option_is_one_line(capsys, arguments, message):

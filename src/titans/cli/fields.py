@@ -63,8 +63,11 @@ def kind_of(hint: Any) -> dict[str, Any]:
 
 
 def whole(text: str) -> int:
-    """A whole number; positive ones may be written 64K or 1M."""
-    return int(text) if text.lstrip("-").isdigit() else count(text)
+    """A whole number of 64 bits; positive ones may be written 64K or 1M."""
+    number = int(text) if text.lstrip("-").isdigit() else count(text)
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
+    return number
 
 
 def field_docs(cls: type) -> dict[str, str]:
