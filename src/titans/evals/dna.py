@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class DNAConfig:
     """Of attention, where a variant has one; the segment of MAC."""
     conv_width: int = 8
     """In front of the memory's keys, values and queries."""
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    """Of MAC's and MAG's product, as `TitansConfig` has it; so the next two."""
+    gate_branch: Literal["memory", "attention"] = "memory"
+    combine_output: bool = True
     pooling: Pooling = "mean"
     """Of hidden states over the sequence, or the last one."""
     channels: int = 96
@@ -88,6 +92,9 @@ class DNAConfig:
             ffn_hidden=2 * self.dim,
             window=self.window,
             segment=self.window,
+            gate_activation=self.gate_activation,
+            gate_branch=self.gate_branch,
+            combine_output=self.combine_output,
             memory=MemoryConfig(heads=self.heads, conv_width=self.conv_width),
         )
 
