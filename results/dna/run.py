@@ -61,11 +61,8 @@ NAMES = {
     "markov": "Markov chains",
 }
 # With the product as it is by default these two begin late or not at all (docs/results.md).
-BY_ATTENTION = {"gate_branch": "attention", "gate_activation": "sigmoid", "combine_output": False}
-PRODUCTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mac-by-attention": ("mac", BY_ATTENTION),
-    "mag-by-attention": ("mag", BY_ATTENTION),
-}
+PRODUCT = {"gate_branch": "attention", "gate_activation": "sigmoid", "combine_output": False}
+PRODUCTS = {"mac-by-attention": "mac", "mag-by-attention": "mag"}
 CLASSIFIERS = ("lmm", "mac", "mag", "mal", *PRODUCTS, "transformer", CNN)
 LANGUAGE_MODELS = ("lmm", "mac", "mag", "mal", "sliding", "gated-deltanet")
 # A sequence of prom_core_notata has 70 bases and is one of 42,452; one of mouse_0 101, of 6,478.
@@ -92,10 +89,10 @@ def classifying(task: str, folder: Path | str, **changes: Any) -> DNAConfig:
 
 def classify(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and test one classifier."""
-    variant, product = PRODUCTS.get(job["model"], (job["model"], {}))
-    config = classifying(job["task"], folder, **product)
+    model = job["model"]
+    config = classifying(job["task"], folder, **(PRODUCT if model in PRODUCTS else {}))
     task = load_task(config)
-    score = train_and_test(config, task, variant, job["seed"])
+    score = train_and_test(config, task, PRODUCTS.get(model, model), job["seed"])
     return dataclasses.asdict(score) | {"split": task.split}
 
 
@@ -218,7 +215,9 @@ def classification_page(rows: list[dict[str, Any]]) -> list[str]:
         "Matthews correlation and accuracy on test, of the weights that were best on dev. All are",
         "trained alike, on single sequences without any pre-training, on both strands. The paper",
         "has no row for these tasks (its DNA table is on GenomicBenchmarks, which the same command",
-        "reads: `--task FOLDER`).",
+        "reads: `--task FOLDER`). In rows that say so, the product of MAC and MAG is what the",
+        "memory recalls times the sigmoid of attention, with no map after it (`gate_branch`,",
+        "`combine_output`; why: docs/results.md).",
         "",
     ]
     for task in dict.fromkeys(r["task"] for r in rows):
@@ -320,17 +319,21 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    figure = Figure(figsize=(4.5 * len(tasks), 3.8), layout="constrained")
+    figure = Figure(figsize=(4 * len(tasks) + 3, 3.8), layout="constrained")
+    lines = {}
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         first = {r["model"]: r for r in reversed(rows) if r["task"] == task}
-        for model in sorted(first):
-            curve = first[model]["dev_curve"]
-            axis.plot(range(1, len(curve) + 1), curve, label=NAMES.get(model, model))
+        for place, model in enumerate(CLASSIFIERS):
+            if model in first:
+                curve = first[model]["dev_curve"]
+                (line,) = axis.plot(range(1, len(curve) + 1), curve, "o-", ms=3, color=f"C{place}")
+                lines[NAMES[model]] = line
         axis.set_title(task)
         axis.set_xlabel("epochs")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel("MCC on dev")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+    figure.legend(lines.values(), lines, loc="outside right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
