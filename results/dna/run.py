@@ -28,6 +28,7 @@ from titans.evals.genome import (
     split_genome,
 )
 from titans.evals.jobs import (
+    at_least_one,
     by_name,
     data_folder,
     read_rows,
@@ -61,7 +62,11 @@ NAMES = {
     "markov": "Markov chains",
 }
 # With the product as it is by default these two begin late or not at all (docs/results.md).
-PRODUCT = {"gate_branch": "attention", "gate_activation": "sigmoid", "combine_output": False}
+PRODUCT: dict[str, Any] = {
+    "gate_branch": "attention",
+    "gate_activation": "sigmoid",
+    "combine_output": False,
+}
 PRODUCTS = {"mac-by-attention": "mac", "mag-by-attention": "mag"}
 CLASSIFIERS = ("lmm", "mac", "mag", "mal", *PRODUCTS, "transformer", CNN)
 LANGUAGE_MODELS = ("lmm", "mac", "mag", "mal", "sliding", "gated-deltanet")
@@ -82,15 +87,11 @@ BASE = TitansConfig(
 STEPS, BATCH, LENGTH, SEGMENTS = 1000, 8192, 1024, 8
 
 
-def classifying(task: str, folder: Path | str, **changes: Any) -> DNAConfig:
-    """How classifiers of a task are trained."""
-    return DNAConfig(folder=str(folder), **SETTINGS.get(task, {}), **changes)
-
-
 def classify(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and test one classifier."""
     model = job["model"]
-    config = classifying(job["task"], folder, **(PRODUCT if model in PRODUCTS else {}))
+    settings = SETTINGS.get(job["task"], {}) | (PRODUCT if model in PRODUCTS else {})
+    config = DNAConfig(folder=str(folder), **settings)
     task = load_task(config)
     score = train_and_test(config, task, PRODUCTS.get(model, model), job["seed"])
     return dataclasses.asdict(score) | {"split": task.split}
@@ -240,7 +241,7 @@ def classification_page(rows: list[dict[str, Any]]) -> list[str]:
                         f"{minutes:.1f}",
                     ]
                 )
-        epochs = classifying(task, task).epochs
+        epochs = max(len(r["dev_curve"]) for r in ours)
         lines += [
             f"### {task}",
             "",
@@ -343,7 +344,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--task", type=Path, nargs="+", default=[], help="folders besides GUE's")
     parser.add_argument("--genome", type=Path, nargs="+", default=[], help="FASTA files, likewise")
-    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="of each")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

@@ -19,6 +19,7 @@ import torch
 
 from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_examples
 from titans.evals.jobs import (
+    at_least_one,
     by_name,
     data_folder,
     read_rows,
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, choices=HORIZONS, nargs="+", default=HORIZONS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="of each run")
     options = parser.parse_args()
     path = HERE / "results.json"
     rows = read_rows(path)

@@ -276,9 +276,9 @@ class TitansConfig:
     and the memory's m; the paper does not name it."""
     gate_branch: Literal["memory", "attention"] = "memory"
     """Which of them passes it: `memory` is y * act(m), `attention` m * act(y). The paper leaves
-    it open. A MAC with a deep memory learned to recall with `attention` and sigmoid alone, and one
-    with a linear memory to classify DNA where there was no `combine_output` either; on text the
-    default is better (docs/results.md)."""
+    it open. With `attention` and sigmoid a MAC with a deep memory learned to recall, and, without
+    `combine_output`, one with a linear memory to classify DNA, where the defaults did not; on text
+    these are better (docs/results.md)."""
     combine_output: bool = True
     """A map after that product, which the paper's equations do not have. Without it MAC mostly
     begins to recall sooner (docs/results.md)."""

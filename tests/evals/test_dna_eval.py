@@ -138,11 +138,18 @@ def test_it_stops_early_and_keeps_the_best_weights(tmp_path, monkeypatch) -> Non
 def test_a_model_that_begins_late_is_waited_for(tmp_path, monkeypatch) -> None:
     """MAC and MAG said one class for five epochs, and were tested with the weights of the first."""
     config = small(tmp_path, epochs=9, patience=2)
-    values = iter([0.0, 0.0, -0.1, 0.0, 0.3, 0.2, 0.2])
+    guesses, begun = [0.0, 0.2, -0.1, 0.0], [0.6, 0.5, 0.5]  # of 20 sequences, a guess has 0.2
+    values = iter([*guesses, *begun])
     monkeypatch.setattr(module, "judge", lambda *_: module.Judgement(next(values), 0.0))
     model = module.build_classifier(config, "cnn", 2)
     curve = module.train_classifier(model, load_task(config), config, 0)
-    assert curve == [0.0, 0.0, -0.1, 0.0, 0.3, 0.2, 0.2]
+    assert curve == [*guesses, *begun]
+
+
+def test_the_product_of_mac_is_a_setting(tmp_path) -> None:
+    product = {"gate_branch": "attention", "gate_activation": "sigmoid", "combine_output": False}
+    backbone = small(tmp_path, **product).backbone("mac")
+    assert {name: getattr(backbone, name) for name in product} == product
 
 
 def test_both_strands_are_judged_alike(tmp_path) -> None:

@@ -125,6 +125,7 @@ def test_the_options_of_every_runner(capsys):
             parser.parse_args(["--workers", wrong])
         assert f"expected a number of at least 1, got '{wrong}'" in capsys.readouterr().err
     assert "measures.\n\n    How" in parser.format_help()
+    assert "--runs" not in runner_parser("It trains nothing.").format_help()
 
 
 def test_a_row_belongs_to_the_job_with_all_its_values():

@@ -38,7 +38,7 @@ def from_options(cls: type, options: argparse.Namespace) -> Any:
 
 
 def shown(default: Any) -> str:
-    """A default at the end of a help text, as one would type it; nothing where none is given."""
+    """A default at the end of a help text: a flag's is on or off, and an empty one is not told."""
     if default is None or default in ("", ()):
         return ""
     if isinstance(default, bool):
@@ -66,7 +66,7 @@ def whole(text: str) -> int:
     """A whole number of 64 bits; positive ones may be written 64K or 1M."""
     number = int(text) if text.lstrip("-").isdigit() else count(text)
     if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")
     return number
 
 

@@ -87,11 +87,11 @@ def commonsense(
     """
     tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
     tasks = []
-    files = {
-        path: list(islice(read_choices(path, config.answer), config.limit or None))
+    files = [
+        (path, list(islice(read_choices(path, config.answer), config.limit or None)))
         for path in choice_files(config.paths)
-    }
-    for path, items in files.items():
+    ]
+    for path, items in files:
         right = [judge(model, tokenizer, item, config.write) for item in items]
         tasks.append(task_score(task_name(path), right))
     return CommonsenseResult(

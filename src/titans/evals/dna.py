@@ -45,9 +45,11 @@ class DNAConfig:
     conv_width: int = 8
     """In front of the memory's keys, values and queries."""
     gate_activation: Literal["silu", "sigmoid"] = "silu"
-    """Of MAC's and MAG's product, as `TitansConfig` has it; so the next two."""
+    """Non-linearity in the product of MAC's and MAG's branches, see `TitansConfig`."""
     gate_branch: Literal["memory", "attention"] = "memory"
+    """The branch that passes it."""
     combine_output: bool = True
+    """A map after the product."""
     pooling: Pooling = "mean"
     """Of hidden states over the sequence, or the last one."""
     channels: int = 96
@@ -220,7 +222,8 @@ def train_classifier(model: nn.Module, task: DNATask, config: DNAConfig, seed: i
         if curve[-1] == max(curve) and curve.count(curve[-1]) == 1:
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         since_best = len(curve) - 1 - int(np.argmax(curve))
-        if max(curve) > 0 and since_best >= config.patience:
+        begun = max(curve) > 2 * len(task.dev.labels) ** -0.5  # two standard deviations of a guess
+        if begun and since_best >= config.patience:
             break
     model.load_state_dict(best)
     return curve

@@ -96,7 +96,8 @@ def harness(
         try:
             loaded = manager.load(list(config.tasks))
         except YAMLError as error:
-            raise ValueError(f"a task file is not YAML: {error}") from None
+            where = " ".join(str(error).split())
+            raise ValueError(f"a task file is not YAML: {where}") from None
         for task in loaded["tasks"].values():
             fixed = task.config.num_fewshot  # 0: the task has no examples
             shots = fixed if fixed == 0 or config.fewshot is None else config.fewshot
