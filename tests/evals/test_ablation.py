@@ -56,6 +56,12 @@ def test_a_part_changes_what_it_says_and_nothing_else():
         "gate_branch",
         "gate_activation",
     }
+    assert changed(PARTS["mag-by-attention-unmapped"].config) == {
+        "variant",
+        "gate_branch",
+        "gate_activation",
+        "combine_output",
+    }
     names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
     assert names <= {1, 2}  # a variant with one thing of its own
 

@@ -92,6 +92,14 @@ PARTS = {
     "mag-unmapped": Part(
         "MAG, no map after the product", model(variant="mag", combine_output=False)
     ),
+    "mac-by-attention-unmapped": Part(
+        "MAC, sigmoid(attention) times memory, no map after it",
+        model(variant="mac", combine_output=False, **BY_ATTENTION),
+    ),
+    "mag-by-attention-unmapped": Part(
+        "MAG, sigmoid(attention) times memory, no map after it",
+        model(variant="mag", combine_output=False, **BY_ATTENTION),
+    ),
     "gated-deltanet": Part(
         "Gated DeltaNet (its gates: sigmoid, exponential)",
         model(variant="gated-deltanet", memory=MemoryConfig(heads=2)),
