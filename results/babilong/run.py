@@ -238,7 +238,7 @@ def look(job: Row, root: Path) -> Row:
     """How much its memories write of held-out books, a million tokens in one stream."""
     torch.set_num_threads(1)
     path = kept(weights(job["model"]), job["model"])
-    found = written(load(path), load_tokenizer(TOKENIZER), [root / "books"])
+    found = written(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
     return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}
 
 
