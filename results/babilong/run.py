@@ -66,7 +66,10 @@ BASE = TitansConfig(
     window=64,
     segment=64,
     persistent=0,
-    combine_output=False,  # with it MAC had learned nothing in 500 steps (docs/results.md)
+    # MAC's product: with the default one it had learned nothing in 500 steps (docs/results.md).
+    gate_branch="attention",
+    gate_activation="sigmoid",
+    combine_output=False,
     memory=MemoryConfig(
         heads=1,
         conv_width=10,  # from a question's colon back to whom it is about

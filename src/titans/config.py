@@ -278,7 +278,7 @@ class TitansConfig:
     """Which of them passes it: `memory` is y * act(m), `attention` m * act(y). The paper leaves
     it open. With `attention` and sigmoid a MAC with a deep memory learned to recall, and, without
     `combine_output`, one with a linear memory to classify DNA, where the defaults did not; on text
-    these are better (docs/results.md)."""
+    these are better for MAC, and worse for MAG than both changes (docs/results.md)."""
     combine_output: bool = True
     """A map after that product, which the paper's equations do not have. Without it MAC mostly
     begins to recall sooner (docs/results.md)."""
