@@ -69,6 +69,7 @@ BASE = TitansConfig(
     # MAC's product: with the default one it had learned nothing in 500 steps (docs/results.md).
     gate_branch="attention",
     gate_activation="sigmoid",
+    gate_norm="attention",
     combine_output=False,
     memory=MemoryConfig(
         heads=1,
@@ -151,7 +152,11 @@ def binding(name: str, root: Path, start: str | None) -> RunConfig:
     data = data_config(root, (1,), 1.0)
     return RunConfig(
         model=model_config(name),
-        data=replace(data, lengths=(192,)),
+        # On rows of 192 from the first step whether a model began was luck: MAC and Gated DeltaNet
+        # had not after 500.
+        data=replace(
+            data, lengths=(64,), stages=(150, 300), stage_lengths=((64, 128), (128, 192))
+        ),
         train=train_config(500, SEED, start),
         optimizer=OPTIMIZER,
     )

@@ -62,6 +62,13 @@ def test_a_part_changes_what_it_says_and_nothing_else():
         "gate_activation",
         "combine_output",
     }
+    assert changed(PARTS["mac-by-attention-bare"].config) == {
+        "variant",
+        "gate_branch",
+        "gate_activation",
+        "gate_norm",
+        "combine_output",
+    }
     names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
     assert names <= {1, 2}  # a variant with one thing of its own
 
