@@ -154,9 +154,7 @@ def binding(name: str, root: Path, start: str | None) -> RunConfig:
         model=model_config(name),
         # On rows of 192 from the first step whether a model began was luck: MAC and Gated DeltaNet
         # had not after 500.
-        data=replace(
-            data, lengths=(64,), stages=(150, 300), stage_lengths=((64, 128), (128, 192))
-        ),
+        data=replace(data, lengths=(64,), stages=(150, 300), stage_lengths=((64, 128), (128, 192))),
         train=train_config(500, SEED, start),
         optimizer=OPTIMIZER,
     )
