@@ -61,7 +61,8 @@ NAMES = {
     CNN: "CNN",
     "markov": "Markov chains",
 }
-# With the product as it is by default these two begin late or not at all (docs/results.md).
+# With the product as it is by default these two begin late or not at all on mouse_0, which has few
+# sequences (docs/results.md).
 PRODUCT: dict[str, Any] = {
     "gate_branch": "attention",
     "gate_activation": "sigmoid",

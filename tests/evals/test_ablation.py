@@ -51,24 +51,13 @@ def test_a_part_changes_what_it_says_and_nothing_else():
         "memory.gates",
         "memory.tie_forgetting",
     }
-    assert changed(PARTS["mac-by-attention"].config) == {
-        "variant",
-        "gate_branch",
-        "gate_activation",
-    }
-    assert changed(PARTS["mag-by-attention-unmapped"].config) == {
-        "variant",
-        "gate_branch",
-        "gate_activation",
-        "combine_output",
-    }
-    assert changed(PARTS["mac-by-attention-bare"].config) == {
-        "variant",
-        "gate_branch",
-        "gate_activation",
-        "gate_norm",
-        "combine_output",
-    }
+    by_attention = {"variant", "gate_branch", "gate_activation"}
+    for variant in ("mac", "mag"):
+        part = f"{variant}-by-attention"
+        assert PARTS[part].config.variant == variant
+        assert changed(PARTS[part].config) == by_attention
+        assert PARTS[f"{part}-unmapped"].config.variant == variant
+        assert changed(PARTS[f"{part}-unmapped"].config) == by_attention | {"combine_output"}
     names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
     assert names <= {1, 2}  # a variant with one thing of its own
 

@@ -147,8 +147,7 @@ def test_a_model_that_begins_late_is_waited_for(tmp_path, monkeypatch) -> None:
 
 
 def test_the_product_of_mac_is_a_setting(tmp_path) -> None:
-    product = {"gate_branch": "attention", "gate_activation": "sigmoid", "gate_norm": "attention"}
-    product["combine_output"] = False
+    product = {"gate_branch": "attention", "gate_activation": "sigmoid", "combine_output": False}
     backbone = small(tmp_path, **product).backbone("mac")
     assert {name: getattr(backbone, name) for name in product} == product
 

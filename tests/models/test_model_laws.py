@@ -241,19 +241,6 @@ def test_either_branch_can_be_the_gate(activation: str) -> None:
         torch.testing.assert_close(combine(y, m), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("branch", ["memory", "attention"])
-def test_the_memory_can_go_into_the_product_without_a_norm(branch: str) -> None:
-    torch.manual_seed(0)
-    y, m = torch.randn(2, 2, 5, 16, dtype=torch.float64)
-    config = TitansConfig(
-        dim=16, gate_activation="sigmoid", gate_branch=branch, gate_norm="attention"
-    )
-    combine, a = Combine(config).double(), rms_norm(y, (16,))
-    assert {n for n, _ in combine.named_parameters()} == {"attention_norm.weight"}
-    wanted = a * m.sigmoid() if branch == "memory" else m * a.sigmoid()
-    torch.testing.assert_close(combine(y, m), wanted, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck(variant: str) -> None:
     model = build(variant, layers=1, vocab_size=7, dim=4, ffn_hidden=4, persistent=1)

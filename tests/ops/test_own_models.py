@@ -191,7 +191,6 @@ def test_the_hash_of_models_without_them_has_not_changed() -> None:
     assert TitansConfig(memory=given).hash() == HASH
     assert TitansConfig(combine_output=False).hash() != HASH
     assert TitansConfig(gate_branch="attention").hash() != HASH
-    assert TitansConfig(gate_norm="attention").hash() != HASH
     own = [
         {"objective": "huber"},
         {"retention": "kl"},

@@ -96,17 +96,9 @@ PARTS = {
         "MAC, sigmoid(attention) times memory, no map after it",
         model(variant="mac", combine_output=False, **BY_ATTENTION),
     ),
-    "mac-by-attention-bare": Part(
-        "MAC, the same, and no norm of the memory before it",
-        model(variant="mac", combine_output=False, gate_norm="attention", **BY_ATTENTION),
-    ),
     "mag-by-attention-unmapped": Part(
         "MAG, sigmoid(attention) times memory, no map after it",
         model(variant="mag", combine_output=False, **BY_ATTENTION),
-    ),
-    "mag-by-attention-bare": Part(
-        "MAG, the same, and no norm of the memory before it",
-        model(variant="mag", combine_output=False, gate_norm="attention", **BY_ATTENTION),
     ),
     "gated-deltanet": Part(
         "Gated DeltaNet (its gates: sigmoid, exponential)",

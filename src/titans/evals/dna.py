@@ -48,8 +48,6 @@ class DNAConfig:
     """Non-linearity in the product of MAC's and MAG's branches, see `TitansConfig`."""
     gate_branch: Literal["memory", "attention"] = "memory"
     """The branch that passes it."""
-    gate_norm: Literal["both", "attention"] = "both"
-    """Which of them are normalised before it."""
     combine_output: bool = True
     """A map after the product."""
     pooling: Pooling = "mean"
@@ -98,7 +96,6 @@ class DNAConfig:
             segment=self.window,
             gate_activation=self.gate_activation,
             gate_branch=self.gate_branch,
-            gate_norm=self.gate_norm,
             combine_output=self.combine_output,
             memory=MemoryConfig(heads=self.heads, conv_width=self.conv_width),
         )

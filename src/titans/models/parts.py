@@ -25,20 +25,18 @@ class PersistentTokens(nn.Module):
 class Combine(nn.Module):
     """y (x) m of v1 eq. 25 and 28: both branches normalised with learned vectors, then a
     non-linearity. Which one, and on which side, the paper leaves open: norm(y) act(norm(m)), or
-    norm(m) act(norm(y)) (`TitansConfig.gate_branch`). The norm of m can be left out
-    (`gate_norm`)."""
+    norm(m) act(norm(y)) (`TitansConfig.gate_branch`)."""
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim)
-        both = config.gate_norm == "both"
-        self.memory_norm = nn.RMSNorm(config.dim) if both else nn.Identity()
+        self.memory_norm = nn.RMSNorm(config.dim)
         self.activation, self.branch = config.gate_activation, config.gate_branch
 
     def forward(
         self, attention: Float[Tensor, "b t d"], memory: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
-        wide = self.attention_norm.weight.dtype  # under autocast the branches come in bfloat16
+        wide = self.memory_norm.weight.dtype  # under autocast the branches come in bfloat16
         value, gate = self.attention_norm(attention.to(wide)), self.memory_norm(memory.to(wide))
         if self.branch == "attention":
             value, gate = gate, value
