@@ -62,6 +62,14 @@ def test_a_curriculum_changes_lengths_and_facts(tiny):
         assert not torch.equal(split.train.batch(step).tokens, split.valid.batch(step).tokens)
 
 
+def test_evaluations_have_batches_that_no_step_trains_on(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("one and the same text for both, again and again. " * 20)
+    data = {"paths": (str(tmp_path / "text.txt"),), "valid_paths": ()}
+    split = open_data(tiny("facts", data=data, tokens_per_batch=64)).at(0)
+    seen = {bytes(split.train.batch(step).tokens.numpy()) for step in range(600)}
+    assert not any(bytes(split.valid.batch(n).tokens.numpy()) in seen for n in range(8))
+
+
 def test_a_prepared_folder_brings_its_split_and_its_tokenizer(tiny, tmp_path):
     texts = [Document(str(i), f"text number {i} " * 20) for i in range(12)]
     prepare(texts, ByteTokenizer(), tmp_path / "shards", valid_fraction=0.4)

@@ -6,6 +6,7 @@ from titans.config import TitansConfig, load_toml, to_toml
 from titans.train.config import (
     BabiRows,
     DataConfig,
+    DistributedConfig,
     NeedleRows,
     OptimizerConfig,
     RunConfig,
@@ -120,6 +121,7 @@ def test_questions_have_a_section_of_their_own(tmp_path):
         (BabiRows, {"echo": -1.0}, r"data.babi.echo must lie in \[0, 50\], got -1.0"),
         (OptimizerConfig, {"learning_rate": 0.0}, "expected learning rates above 0, got 0.0"),
         (OptimizerConfig, {"muon_learning_rate": -1.0}, "learning rates above 0, got -1.0"),
+        (OptimizerConfig, {"muon_learning_rate": 0.0}, "learning rates above 0, got 0.0"),
         (OptimizerConfig, {"betas": (0.9,)}, r"betas must be two of \[0, 1\), got \[0.9\]"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, "betas must be two"),
         (OptimizerConfig, {"weight_decay": -0.1}, "must not be negative"),
@@ -134,6 +136,24 @@ def test_questions_have_a_section_of_their_own(tmp_path):
 def test_other_mistakes_are_named(kind, values, message):
     with pytest.raises(ValueError, match=message):
         kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (OptimizerConfig, "name", "sgd", "unknown name 'sgd'; known: adamw, muon"),
+        (DataConfig, "task", "needles", "unknown task 'needles'; did you mean 'needle'"),
+        (TrainConfig, "precision", "fp16", "unknown precision 'fp16'; did you mean 'bf16'"),
+        (DistributedConfig, "strategy", "dp", "unknown strategy 'dp'; did you mean 'ddp'"),
+        (NeedleRows, "words", 3, "words must be str, got 3"),
+        (BabiRows, "tasks", (1.5,), r"tasks\[0\] must be int, got 1.5"),
+    ],
+)
+def test_what_python_makes_is_held_to_what_toml_is(kind, name, value, message):
+    config = kind()
+    object.__setattr__(config, name, value)  # as without the type checks that tests run under
+    with pytest.raises(ValueError, match=message):
+        config.__post_init__()
 
 
 def test_a_batch_must_hold_a_row():

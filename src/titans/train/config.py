@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from titans.config import TitansConfig, require_positive, to_dict
+from titans.config import TitansConfig, check_fields, require_positive, to_dict
 from titans.data.haystack import STRAY_MOST
 from titans.data.needle import check_kind
 from titans.models.heads import check_parts
@@ -38,6 +38,7 @@ class NeedleRows:
     alone."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.kinds:
             raise ValueError("data.needle.kinds is empty: expected at least one kind")
         for kind in self.kinds:
@@ -64,6 +65,7 @@ class BabiRows:
     per 1,000 tokens of a row."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.tasks or min(self.tasks) < 1:
             raise ValueError(f"data.babi.tasks must be numbers from 1 on, got {list(self.tasks)}")
         require_share("data.babi.dense", self.dense)
@@ -83,7 +85,8 @@ class DataConfig:
     paths: tuple[str, ...] = ()
     """Files, folders, or the one folder `titans data prepare` made (its `train` and `valid` are
     found). Empty: the Python standard library's sources, four modules in five. Tasks needle and
-    babi: prose, from which the books held out for tests are left out; empty for noise alone."""
+    babi: prose, from which the books held out for tests are left out; needle has noise alone where
+    it is empty."""
     valid_paths: tuple[str, ...] = ()
     """Held-out text, likewise. Empty: the prepared folder's `valid`, or the fifth module; task
     facts with `paths` of its own then hides new facts in the training text; tasks needle and babi
@@ -120,6 +123,7 @@ class DataConfig:
     made to close before anything was learned to be worth writing stay closed."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(self, "length", "segments")
         if self.text_weight < 0:
             raise ValueError(f"data.text_weight must not be negative, got {self.text_weight}")
@@ -189,7 +193,8 @@ class OptimizerConfig:
     """Rate at the last step over the highest."""
 
     def __post_init__(self) -> None:
-        rates = [self.learning_rate, self.muon_learning_rate or self.learning_rate]
+        check_fields(self)
+        rates = [self.learning_rate, self.muon_rate]
         if min(rates) <= 0:
             raise ValueError(f"optimizer: expected learning rates above 0, got {min(rates)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -198,6 +203,11 @@ class OptimizerConfig:
             raise ValueError("optimizer.weight_decay and warmup must not be negative")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"optimizer.min_ratio must lie in [0, 1], got {self.min_ratio}")
+
+    @property
+    def muon_rate(self) -> float:
+        rate = self.muon_learning_rate
+        return self.learning_rate if rate is None else rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +255,7 @@ class TrainConfig:
     """CPU threads; 0 leaves it to PyTorch. Another number rounds sums differently."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(
             self, "steps", "tokens_per_batch", "accumulate", "eval_batches", "keep_checkpoints"
         )
@@ -275,6 +286,7 @@ class DistributedConfig:
     all tokens (tensor parallelism)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(self, "sequence", "tensor")
         if self.shard < 0 or (self.shard and self.strategy != "fsdp"):
             raise ValueError(

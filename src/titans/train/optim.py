@@ -23,7 +23,7 @@ def build_optimizers(model: TitansLM, config: OptimizerConfig) -> dict[str, Opti
     groups = [{"params": others, "lr": rate, "peak": rate, "weight_decay": 0.0}]
     optimizers: dict[str, Optimizer] = {}
     if config.name == "muon":
-        peak = config.muon_learning_rate or rate
+        peak = config.muon_rate
         muon_groups = [{"params": matrices, "lr": peak, "peak": peak}]
         settings: dict[str, Any] = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers["muon"] = (
