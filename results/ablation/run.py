@@ -12,9 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from titans.evals.ablation import PARTS, AblationConfig, at_chunk, bits_per_byte, train_part
-from titans.evals.jobs import data_folder, read_rows, run_jobs, runner_parser, split_diverged
-from titans.evals.report import markdown_table
+from titans.evals.jobs import (
+    command,
+    data_folder,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
+from titans.evals.report import markdown_table, mean_and_range, origin, write_lines
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
@@ -30,6 +39,7 @@ def config(root: Path) -> AblationConfig:
 
 def fit(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     """Train and test a model; those of `CHUNKS` also read at the other chunk sizes."""
+    torch.set_num_threads(1)
     folder = runs / f"{job['part']}-{job['seed']}"
     trained, score = train_part(config(root), job["part"], job["seed"], folder)
     row = dataclasses.asdict(score)
@@ -41,7 +51,7 @@ def fit(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     fitted = [r for r in rows if r["table"] == "parts"]
     if not fitted:
         return
@@ -52,16 +62,14 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         if not seeds:
             continue
         bits = [r["bits_per_byte"] for r in seeds]
-        mean = sum(bits) / len(bits)
         changes = [r["bits_per_byte"] - whole[r["seed"]] for r in seeds if r["seed"] in whole]
         change = sum(changes) / len(changes) if changes else math.nan
-        spread = f" ({min(bits):.3f}-{max(bits):.3f})" if len(bits) > 1 else ""
         paper = part.paper
         table.append(
             (
                 part.text,
                 f"{seeds[0]['parameters']:,}",
-                f"{mean:.3f}{spread}",
+                mean_and_range(bits),
                 f"{change:+.3f}",
                 "" if paper is None else f"{paper:.2f} ({paper - PARTS['lmm'].paper:+.2f})",
                 f"{sum(r['train_seconds'] for r in seeds) / len(seeds) / 60:.1f}",
@@ -73,7 +81,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         "Byte-level models of two layers of width 64 after",
         f"{given.steps * given.tokens_per_batch / 2**20:.2g}M training bytes of WikiText-2 "
-        f"({' and '.join(sorted({r.get('precision', 'float32') for r in fitted}))}),",
+        "(float32),",
         f"tested on {given.test_tokens:,} bytes read in one stream, by",
         "`python results/ablation/run.py`; mean over seeds",
         f"{', '.join(map(str, sorted({r['seed'] for r in fitted})))}. Sizes are not matched, as in",
@@ -87,11 +95,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
     ]
     lines += chunk_table([r for r in fitted if "read_at" in r])
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
-    lines.append(
-        f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
-    )
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    lines.append(f"{origin(rows, 'one thread a training')}.")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def chunk_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -132,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

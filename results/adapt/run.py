@@ -19,9 +19,17 @@ import torch.nn.functional as F
 
 from titans.config import MemoryConfig
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import kept, read_rows, run_jobs, runner_parser
+from titans.evals.jobs import (
+    command,
+    diverged,
+    kept,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.recall import fit_pairs
-from titans.evals.report import markdown_table, readable
+from titans.evals.report import markdown_table, origin, readable, write_lines
 from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
 from titans.train.objective import descend
 
@@ -31,16 +39,16 @@ BASE_STEPS, BASE_RATE = 1800, 3e-3
 STEPS, RATE, WRITE_COST = 600, 3e-3, 0.02
 LENGTHS = (64, 128, 256, 1024, 4096, 16384, 65536)
 MEMORY = MemoryConfig(heads=2, key_init="previous")
-# Name in the table: style, and whether the base is frozen; None is the base itself.
-MODELS: dict[str, tuple[str, bool] | None] = {
+# Name in the table: style, and whether the base is frozen; of the base itself its window.
+MODELS: dict[str, tuple[str, bool] | int | None] = {
     "Llama, attention over the whole row": None,
-    "Llama, attention over 64 tokens": ("mag", True),
+    "Llama, attention over 64 tokens": WINDOW,
     "MAG adapter, memory trained": ("mag", True),
     "MAL adapter, memory trained": ("mal", True),
     "MAG adapter, all trained": ("mag", False),
     "MAL adapter, all trained": ("mal", False),
 }
-UNTRAINED = tuple(MODELS)[:2]
+ADAPTED: dict[str, tuple[str, bool]] = {n: m for n, m in MODELS.items() if isinstance(m, tuple)}
 
 
 def new_base(seed: int) -> Any:
@@ -124,9 +132,7 @@ def load_base(seed: int, runs: Path) -> Any:
 def train_adapter(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     """Adapt the trained base, train on rows of up to 1,024 tokens, and save what was trained."""
     torch.set_num_threads(1)
-    chosen = MODELS[job["model"]]
-    assert chosen is not None
-    style, frozen = chosen
+    style, frozen = ADAPTED[job["model"]]
     base = load_base(job["seed"], runs)
     torch.manual_seed(job["seed"])
     model = adapt(base, [0, 1], style, MEMORY, WINDOW).freeze_base(frozen).train()
@@ -157,16 +163,13 @@ def train_adapter(job: dict[str, Any], runs: Path) -> dict[str, Any]:
 def model_of(job: dict[str, Any], runs: Path) -> AdaptedForCausalLM:
     """The model of a row of the table; the base itself as one whose memories add nothing."""
     base = load_base(job["seed"], runs)
-    if job["model"] in UNTRAINED:
-        return adapt(base, [0], window=WINDOW if MODELS[job["model"]] else None).eval()
-    folder = runs / f"{job['model']}-{job['seed']}"
-    if not folder.exists():
-        train_adapter(job, runs)
-    from transformers import LlamaForCausalLM
+    if job["model"] not in ADAPTED:
+        return adapt(base, [0], window=MODELS[job["model"]]).eval()
+    folder = kept(runs / f"{job['model']}-{job['seed']}", job["model"])
+    _, frozen = ADAPTED[job["model"]]
+    if not frozen:
+        from transformers import LlamaForCausalLM
 
-    chosen = MODELS[job["model"]]
-    assert chosen is not None
-    if not chosen[1]:
         base = LlamaForCausalLM.from_pretrained(folder)
     return load_adapter(base, folder).eval()
 
@@ -194,6 +197,7 @@ def measure(job: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
+    rows, failed = split_diverged(rows)
     asked = [r for r in rows if r["stage"] == "recall"]
     adapters = [r for r in rows if r["stage"] == "train"]
     if not asked or not adapters:
@@ -212,7 +216,6 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             size = (f"{own['parameters']:,}", f"{own['bytes']:,}", f"{own['minutes']:.1f}")
         table.append((name, *cells, f"{longest['state_bytes']:,}", *size))
     base = next(r for r in rows if r["stage"] == "base")
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     counts = (next(r["asked"] for r in asked if r["length"] == n) for n in lengths)
     seeds = ", ".join(map(str, sorted({r["seed"] for r in asked})))
     lines = [
@@ -238,9 +241,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         f"Minutes of the base's training: {base['minutes']:.1f}.",
         f"Questions asked per length: {', '.join(map(str, counts))}; seeds {seeds}.",
-        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+        f"{origin(rows)}.",
     ]
-    (HERE / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def main() -> None:
@@ -254,7 +257,7 @@ def main() -> None:
     if not options.table_only:
         for stage, function, names in (
             ("base", train_base, ["Llama"]),
-            ("train", train_adapter, [m for m in options.model if m not in UNTRAINED]),
+            ("train", train_adapter, [m for m in options.model if m in ADAPTED]),
         ):
             jobs = [
                 {"stage": stage, "model": name, "seed": seed}
@@ -269,10 +272,11 @@ def main() -> None:
             for name in options.model
             # Attention over the whole row costs its square, and is lost beyond its positions.
             if MODELS[name] is not None or length <= 4096
+            if not diverged(rows, {"stage": "train", "model": name, "seed": seed})
         ]
         rows = run_jobs(path, jobs, partial(measure, runs=runs), workers=options.workers)
     write_page(rows)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

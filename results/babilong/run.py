@@ -28,7 +28,9 @@ from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
 from titans.evals.jobs import (
     Row,
+    command,
     data_folder,
+    diverged,
     find,
     kept,
     read_rows,
@@ -36,7 +38,7 @@ from titans.evals.jobs import (
     runner_parser,
     split_diverged,
 )
-from titans.evals.report import markdown_table, percent, readable
+from titans.evals.report import markdown_table, origin, percent, readable, write_lines
 from titans.evals.written import written
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
@@ -249,7 +251,7 @@ def look(job: Row, root: Path) -> Row:
 
 
 def write_page(rows: list[Row]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     trained = [r for r in rows if r["stage"] == "train"]
     tested = [r for r in rows if r["stage"] == "test"]
     if not trained:
@@ -262,8 +264,7 @@ def write_page(rows: list[Row]) -> None:
         "than 100 were asked), by `python results/babilong/run.py`. One model for tasks 1 to 5, of",
         f"{trained[0]['parameters']:,} parameters (within 2 %): three layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
-        f"({trained[0]['steps']:,} steps of 4,096 tokens, "
-        f"{trained[0].get('precision', 'float32')}), one seed.",
+        f"({trained[0]['steps']:,} steps of 4,096 tokens, float32), one seed.",
         "Guess: who always says the most frequent answer, at 0 tokens, which are the facts alone.",
         "Test questions and books do not occur in training. Our targets on task 1: "
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
@@ -308,9 +309,8 @@ def write_page(rows: list[Row]) -> None:
             for r in trained
         ],
     )
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
-    lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    lines += ["", f"{origin(rows, 'one thread')}."]
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def main() -> None:
@@ -324,13 +324,15 @@ def main() -> None:
         runs, root = options.runs.resolve(), data_folder()
         prepare_tokenizer(root)
         training = [{"stage": "train", "model": name} for name in options.model]
-        run_jobs(path, training, partial(fit, runs=runs, root=root), workers=options.workers)
-        looking = [{"stage": "writes", "model": name} for name in options.model]
+        one = partial(fit, runs=runs, root=root)
+        rows = run_jobs(path, training, one, workers=options.workers)
+        names = [job["model"] for job in training if not diverged(rows, job)]
+        looking = [{"stage": "writes", "model": name} for name in names]
         run_jobs(path, looking, partial(look, root=root), workers=options.workers)
         for length in sorted(options.lengths):
             asking = [
                 {"stage": "test", "model": name, "task": task, "length": length}
-                for name in options.model
+                for name in names
                 for task in options.tasks
             ]
             one = partial(test, root=root)
@@ -340,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

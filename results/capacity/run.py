@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from titans.evals.jobs import read_rows, run_jobs, runner_parser, split_diverged
+from titans.evals.jobs import command, read_rows, run_jobs, runner_parser, split_diverged
 from titans.evals.recall import RecallConfig, recall
-from titans.evals.report import markdown_table
+from titans.evals.report import markdown_table, origin, write_lines
 
 HERE = Path(__file__).parent
 SIZES = (16, 32, 64)
@@ -46,7 +46,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     if not rows:
         return
     pairs = [cell["pairs"] for cell in rows[0]["cells"]]
@@ -61,7 +61,6 @@ def write_page(rows: list[dict[str, Any]]) -> None:
                 ]
                 cells = (f"{mean:.2f}" for mean in means)
                 table.append((name, f"{seeds[0]['state']:,}", *cells))
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     config = RecallConfig()
     lines = [
         "# How many pairs a state can hold",
@@ -75,10 +74,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         *markdown_table(("model", "state", *(f"{n} pairs" for n in pairs)), table),
         "",
-        f"Seeds {', '.join(map(str, sorted({r['seed'] for r in rows})))}; "
-        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+        f"Seeds {', '.join(map(str, sorted({r['seed'] for r in rows})))}; {origin(rows)}.",
     ]
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def main() -> None:
@@ -100,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -9,6 +9,7 @@ not repeated, and a stopped training on a genome goes on from its last checkpoin
 """
 
 import dataclasses
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from titans.evals.genome import (
 from titans.evals.jobs import (
     at_least_one,
     by_name,
+    command,
     data_folder,
     read_rows,
     run_jobs,
@@ -37,7 +39,7 @@ from titans.evals.jobs import (
     split_diverged,
 )
 from titans.evals.perplexity import PositionLoss, plot_positions
-from titans.evals.report import markdown_table
+from titans.evals.report import markdown_table, mean_and_range, origin, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -157,13 +159,15 @@ def held_out(path: Path) -> GenomeConfig:
 
 def write_texts(settings: GenomeConfig, folder: Path) -> Path:
     """The training and validation parts as letters, for the training loop; made once."""
-    if not (folder / "ready").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = split_genome(settings)
-        named: dict[str, Codes] = {"train": parts.train, "valid": parts.valid}
-        for name, codes in named.items():
-            (folder / f"{name}.txt").write_text(decode_bases(codes), encoding="ascii")
-        (folder / "ready").touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = split_genome(settings)
+    named: dict[str, Codes] = {"train": parts.train, "valid": parts.valid}
+    for name, codes in named.items():
+        path = folder / f"{name}.txt"
+        if not path.exists():  # renamed when it is whole: another process may make it too
+            beside = path.with_name(f"{path.name}.{os.getpid()}")
+            beside.write_text(decode_bases(codes), encoding="ascii")
+            beside.replace(path)
     return folder
 
 
@@ -180,16 +184,9 @@ def wanted(job: dict[str, Any], only: list[str] | None) -> bool:
     return not only or name in only or f"{name}/{job['model']}" in only
 
 
-def mean_and_range(values: list[float], digits: int = 3) -> str:
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def write_page(rows: list[dict[str, Any]]) -> None:
     """README.md and the plots, from the rows that are there."""
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     lines = [
         "# DNA: classification, and the next base of a genome",
         "",
@@ -201,11 +198,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     found = [r for r in rows if r["part"] == "genome"]
     for name in dict.fromkeys(r["genome"] for r in found):
         lines += genome_page(name, [r for r in found if r["genome"] == name])
-    dates, machines, threads = (
-        sorted({str(r[key]) for r in rows}) for key in ("date", "machine", "threads")
-    )
-    lines.append(f"{'; '.join(machines)}; threads: {', '.join(threads)}; {', '.join(dates)}.")
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    threads = ", ".join(map(str, sorted({r["threads"] for r in rows})))
+    lines.append(f"{origin(rows, f'threads: {threads}')}.")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def classification_page(rows: list[dict[str, Any]]) -> list[str]:
@@ -368,7 +363,7 @@ def main() -> None:
         ]
         for name in options.only or []:
             if not any(wanted(job, [name]) for job in jobs):
-                raise SystemExit(f"--only {name}: expected a name, or name/model, of the data")
+                raise ValueError(f"--only {name}: expected a name, or name/model, of the data")
         jobs = [job for job in jobs if wanted(job, options.only)]
         one = partial(
             run, paths=tasks | genomes, runs=options.runs.resolve(), threads=options.threads
@@ -379,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -21,13 +21,14 @@ from titans.evals.forecast import Example, ForecastSettings, example, fit, plot_
 from titans.evals.jobs import (
     at_least_one,
     by_name,
+    command,
     data_folder,
     read_rows,
     run_jobs,
     runner_parser,
     split_diverged,
 )
-from titans.evals.report import markdown_table
+from titans.evals.report import markdown_table, write_lines
 
 HERE = Path(__file__).parent
 HORIZONS = (96, 192, 336, 720)
@@ -82,7 +83,7 @@ def run(job: dict[str, Any], paths: dict[str, Path], threads: int) -> dict[str, 
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     if not rows:
         return
     names = sorted({r["data"] for r in rows}, key=lambda n: ([*SERIES, n].index(n), n))
@@ -161,7 +162,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             f"Test window {SHOWN_WINDOW} of each file (the last of a shorter one), seed 0: chosen "
             "before any run.",
         ]
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def examples_of(rows: list[dict[str, Any]]) -> list[Example]:
@@ -206,7 +207,7 @@ def find(root: Path, name: str) -> Path:
     for suffix in (".csv.gz", ".csv"):
         if (path := root / "timeseries" / (name + suffix)).exists():
             return path
-    raise SystemExit(f"expected {name}.csv.gz or {name}.csv in {root / 'timeseries'}")
+    raise ValueError(f"expected {name}.csv.gz or {name}.csv in {root / 'timeseries'}")
 
 
 def main() -> None:
@@ -236,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

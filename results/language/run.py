@@ -14,19 +14,28 @@ TITANS_DATA_DIR holds `text/wikitext-2/{train,valid,test}.txt.gz` and `books/*.t
 import dataclasses
 import json
 import math
-import shutil
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.documents import read_documents
 from titans.data.haystack import prose_files
 from titans.data.shards import prepare
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
-from titans.evals.jobs import data_folder, read_rows, run_jobs, runner_parser, split_diverged
+from titans.evals.jobs import (
+    command,
+    data_folder,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
-from titans.evals.report import markdown_table
+from titans.evals.report import markdown_table, mean_and_range, origin, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -93,34 +102,41 @@ def files(root: Path, corpus: str, part: str) -> list[Path]:
 def prepare_corpus(root: Path, runs: Path, corpus: str) -> Path:
     """A tokenizer learned from the training text, and shards of it; made once."""
     folder = runs / corpus
-    if not (folder / "ready").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # half of it may be there
-        folder.mkdir(parents=True)
-        texts = [d.text for d in read_books(files(root, corpus, "train"))]
-        path = folder / "tokenizer.json"
-        BPETokenizer.train(texts, VOCABULARY, path)
-        tokenizer = load_tokenizer(path)
+    if folder.exists():
+        return folder
+    runs.mkdir(parents=True, exist_ok=True)
+    # Beside it and then renamed: another process may be at it too.
+    with TemporaryDirectory(dir=runs, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / corpus
+        made.mkdir()
+        texts = [d.text for d in documents(files(root, corpus, "train"))]
+        tokenizer = BPETokenizer.train(texts, VOCABULARY, made / "tokenizer.json")
         for part in ("train", "valid"):
-            prepare(read_books(files(root, corpus, part)), tokenizer, folder / part)
+            prepare(documents(files(root, corpus, part)), tokenizer, made / part)
         windows = []
-        for document in read_books(files(root, corpus, "test")):
+        for document in documents(files(root, corpus, "test")):
             ids = tokenizer.encode(document.text)
             windows += [ids[n : n + LENGTH] for n in range(0, len(ids) - LENGTH, LENGTH)]
         every = max(1, len(windows) // (TEST_TOKENS // LENGTH))
-        with open(folder / "windows.jsonl", "w") as file:
+        with open(made / "windows.jsonl", "w") as file:
             for ids in windows[::every]:
                 file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
-        (folder / "ready").touch()
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
     return folder
 
 
-def read_books(paths: list[Path]) -> list[Any]:
+def documents(paths: list[Path]) -> list[Any]:
     """Documents without Gutenberg's notices; two of the books are in Latin-1."""
     return list(read_documents(paths, strip_gutenberg=True, encoding="auto"))
 
 
 def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     """Train and test one model; the row of results.json."""
+    torch.set_num_threads(1)
     name, corpus, rate = job["model"], job["corpus"], job["rate"]
     folder = runs / "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
     data = runs / corpus
@@ -187,22 +203,25 @@ def best_rates(rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     """README.md and the plots, from the rows that are there."""
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     tested = [r for r in rows if r["stage"] == "test"]
+    tuned = [r for r in rows if r["stage"] == "tune"]
+    coarse = sum("precision" in r for r in tuned)
     lines = [
         "# Language modelling at one size and one number of tokens",
         "",
         f"{TOKENS:,} training tokens (byte-pair encoding of {VOCABULARY:,} learned from the",
         f"training text), rows of {LENGTH:,}, batches of {BATCH:,}, by",
         "`python results/language/run.py`; float32, but for the seeds marked bf16 (bfloat16",
-        "autocast, memories in float32). Bits per byte",
-        f"of {TEST_TOKENS:,} tokens of held-out text, in windows of {LENGTH:,} all over it, as in",
-        "training, and as the first tokens of documents, each read in one stream (the",
+        "autocast, memories in float32). Bits per byte of held-out text: of at least",
+        f"{TEST_TOKENS:,} tokens in windows of {LENGTH:,} all over it, as in training, and of the",
+        f"first tokens of documents, {TEST_TOKENS:,} in all, each read in one stream (the",
         "Transformer++ has no such column: its cache grows, and it never saw longer rows); mean",
-        "over seeds, and their range where there are several. Every model was",
-        f"tuned alike: learning rates {', '.join(f'{r:g}' for r in RATES)} for {TUNE_TOKENS:,}",
-        "tokens of WikiText-2, the best by validation loss. Minutes of training on a CPU: it ranks",
-        "how fast these models learn at this size, not what they reach.",
+        "over seeds, and their range where there are several. Every model was tuned alike:",
+        f"learning rates {', '.join(f'{r:g}' for r in RATES)} for {TUNE_TOKENS:,} tokens of",
+        f"WikiText-2, the best by validation loss ({coarse} of these {len(tuned)} runs in",
+        "bfloat16). Minutes: of a training in float32, on a CPU. The table ranks how fast these",
+        "models learn at this size, not what they reach.",
         "",
     ]
     for corpus in CORPORA:
@@ -215,17 +234,17 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             if seeds:
                 bits = [r["bits_per_byte"] for r in seeds]
                 words = [r["word_perplexity"] for r in seeds]
-                spread = f" ({min(bits):.3f}-{max(bits):.3f})" if len(bits) > 1 else ""
                 mean = sum(bits) / len(bits)
+                timed = [r for r in seeds if "precision" not in r]
                 cells = (
                     name,
                     f"{seeds[0]['parameters']:,}",
                     f"{seeds[0]['rate']:g}",
                     ", ".join(str(r["seed"]) + " bf16" * ("precision" in r) for r in seeds),
-                    f"{mean:.3f}{spread}",
+                    mean_and_range(bits),
                     stream_cell(seeds),
                     f"{sum(words) / len(words):.1f}",
-                    f"{sum(r['train_minutes'] for r in seeds) / len(seeds):.0f}",
+                    f"{sum(r['train_minutes'] for r in timed) / len(timed):.0f}" if timed else "",
                 )
                 table.append((mean, cells))
         lines += [f"## {corpus}", ""]
@@ -244,11 +263,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         }
         plot_positions({n: first[n] for n in MODELS if n in first}, HERE / f"{corpus}.png")
         lines += [f"![loss by position]({corpus}.png)", ""]
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
-    lines.append(
-        f"{'; '.join(sorted(machines))}; one thread a training; {', '.join(sorted(dates))}."
-    )
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    lines.append(f"{origin(rows, 'one thread a training')}.")
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def stream_cell(seeds: list[dict[str, Any]]) -> str:
@@ -289,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -31,7 +31,9 @@ from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
 from titans.evals.jobs import (
     Row,
+    command,
     data_folder,
+    diverged,
     find,
     kept,
     read_rows,
@@ -40,7 +42,7 @@ from titans.evals.jobs import (
     split_diverged,
 )
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
-from titans.evals.report import markdown_table, percent, readable
+from titans.evals.report import markdown_table, origin, percent, readable, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -317,7 +319,7 @@ def lost(rows: list[Row], job: Row) -> bool:
 
 
 def write_page(rows: list[Row]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     if not rows:
         return
     trained = [r for r in rows if r["stage"] == "train"]
@@ -399,10 +401,8 @@ def write_page(rows: list[Row]) -> None:
             lines += ["", f"## {row['model']} by depth", ""]
             lines += ["![found, by length and depth](depths.png)", ""]
             lines += [f"{cells[0].asked} questions a cell; 0 % is the beginning of the prompt."]
-    dates = {row["date"] for row in rows}
-    machines = {one for row in rows for one in row["machine"].split("; ")}  # a training may move
-    lines += ["", f"{'; '.join(sorted(machines))}; one thread; {', '.join(sorted(dates))}."]
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    lines += ["", f"{origin(rows, 'one thread')}."]
+    write_lines(HERE / "README.md", [*lines, *failed])
 
 
 def main() -> None:
@@ -418,21 +418,22 @@ def main() -> None:
         training = [{"stage": "train", "model": name} for name in options.model]
         one = partial(fit, runs=runs, root=root)
         rows = run_jobs(path, training, one, workers=options.workers)
+        names = [job["model"] for job in training if not diverged(rows, job)]
         for length in sorted(options.lengths):
             asking = [
                 {"stage": "test", "model": name, "kind": kind, "length": length}
-                for name in options.model
+                for name in names
                 for kind in options.kind
             ]
             asking = [job for job in asking if not lost(rows, job)]
             one = partial(test, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
-        if SWEEP_MODEL in options.model:
+        if SWEEP_MODEL in names:
             depths = [{"stage": "depths", "model": SWEEP_MODEL}]
             rows = run_jobs(path, depths, partial(sweep, root=root))
     write_page(rows)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

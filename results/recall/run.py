@@ -19,9 +19,18 @@ import torch
 import titans
 from titans import MemoryConfig, TitansConfig, TitansLM
 from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
-from titans.evals.jobs import find, kept, read_rows, run_jobs, runner_parser, split_diverged
+from titans.evals.jobs import (
+    command,
+    diverged,
+    find,
+    kept,
+    read_rows,
+    run_jobs,
+    runner_parser,
+    split_diverged,
+)
 from titans.evals.recall import fit_pairs
-from titans.evals.report import markdown_table
+from titans.evals.report import markdown_table, origin, write_lines
 
 HERE = Path(__file__).parent
 STEPS, SHORT_STEPS, TOKENS = 1000, 600, 4096
@@ -83,7 +92,7 @@ def train(job: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(job: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """Recall of pairs whose row has `length` tokens, over rows of about a million tokens in all."""
+    """Recall of pairs whose row has `length` tokens, in 2 to 16 rows."""
     torch.set_num_threads(1)
     model = titans.load(kept(runs / f"{job['model']}-{job['seed']}.safetensors", job["model"]))
     rows = max(2, min(16, 2**20 // job["length"]))
@@ -107,7 +116,7 @@ def lost(rows: list[dict[str, Any]], job: dict[str, Any]) -> bool:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    rows, diverged = split_diverged(rows)
+    rows, failed = split_diverged(rows)
     trained = {r["model"]: r for r in rows if r["stage"] == "train"}
     asked = [r for r in rows if r["stage"] == "recall"]
     lengths = sorted({r["length"] for r in asked})
@@ -121,7 +130,6 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             opened = f"{100 * trained[name]['curve'][-1][2]:.1f} %"
             table.append((name, *cells, opened))
     counts = (find(asked, {"length": n}) for n in lengths)
-    dates, machines = ({r[key] for r in rows} for key in ("date", "machine"))
     lines = [
         "# Recall against length: gates that close, and the paper's sigmoids",
         "",
@@ -135,11 +143,11 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         *markdown_table(("model, gates", *(f"{n:,}" for n in lengths), "open"), table),
         "",
         f"Questions asked per length: {', '.join(str(r['asked']) for r in counts if r)}.",
-        f"{'; '.join(sorted(machines))}; {', '.join(sorted(dates))}.",
+        f"{origin(rows)}.",
         "",
         "![recall against length](recall.png)",
     ]
-    (HERE / "README.md").write_text("\n".join([*lines, *diverged]) + "\n", encoding="utf-8")
+    write_lines(HERE / "README.md", [*lines, *failed])
     plot(asked, list(trained))
 
 
@@ -179,6 +187,7 @@ def main() -> None:
         who = [{"model": name, "seed": seed} for seed in options.seeds for name in options.model]
         training = [{"stage": "train"} | w for w in who]
         rows = run_jobs(path, training, partial(train, runs=runs), workers=options.workers)
+        who = [w for w in who if not diverged(rows, {"stage": "train"} | w)]
         for length in sorted(options.lengths):
             asking = [{"stage": "recall"} | w | {"length": length} for w in who]
             asking = [job for job in asking if not lost(rows, job)]
@@ -188,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

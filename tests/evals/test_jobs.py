@@ -12,7 +12,9 @@ import pytest
 
 from titans.evals.jobs import (
     by_name,
+    command,
     data_folder,
+    diverged,
     find,
     kept,
     read_rows,
@@ -68,6 +70,7 @@ def test_a_training_that_diverged_is_a_row_and_not_the_end(tmp_path, workers):
     assert [row["value"] for row in good] == [2]
     assert lines == ["", "- a, 8: diverged (step 3: the loss is not finite)"]
     assert split_diverged(good) == (good, [])
+    assert [diverged(rows, job) for job in (*jobs, JOBS[2])] == [True, False, False]
 
 
 def ran_again(job):
@@ -102,18 +105,40 @@ def test_two_processes_share_a_table_and_run_each_job_once(tmp_path):
 def test_two_files_of_one_name_are_refused(tmp_path):
     paths = [tmp_path / "mouse" / "0.csv", tmp_path / "tf" / "1"]
     assert by_name(paths) == {"0": paths[0].resolve(), "1": paths[1].resolve()}
-    with pytest.raises(SystemExit, match="have one name, '0': link or rename one"):
+    with pytest.raises(ValueError, match="have one name, '0': link or rename one"):
         by_name([*paths, tmp_path / "tf" / "0"])
 
 
 def test_what_a_runner_needs_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.delenv("TITANS_DATA_DIR", raising=False)
-    with pytest.raises(SystemExit, match="TITANS_DATA_DIR is not set"):
+    with pytest.raises(ValueError, match="TITANS_DATA_DIR is not set"):
         data_folder()
     monkeypatch.setenv("TITANS_DATA_DIR", str(tmp_path))
     assert data_folder() == tmp_path.resolve()
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         run_jobs(tmp_path / "results.json", JOBS, twice, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("one\n  line"), 2, "run.py: one line\n"),
+        (
+            FileNotFoundError(2, "No such file", "x.gz"),
+            2,
+            "run.py: [Errno 2] No such file: 'x.gz'\n",
+        ),
+        (KeyboardInterrupt(), 130, "run.py: interrupted; the same command goes on\n"),
+    ],
+)
+def test_a_runner_ends_in_a_line(error, code, said, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit) as stop:
+        command(main)
+    assert (stop.value.code, capsys.readouterr().err) == (code, said)
 
 
 def test_the_options_of_every_runner(capsys):

@@ -1,6 +1,7 @@
 """Text to token ids and back: raw UTF-8 bytes, or a byte-pair encoding from a `tokenizer.json`."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -138,7 +139,9 @@ class BPETokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.save(str(path))
+        beside = f"{path}.{os.getpid()}"  # then renamed: another process may learn the same
+        tokenizer.save(beside)
+        os.replace(beside, path)
         return cls(tokenizer, str(path))
 
     def encode(self, text: str) -> list[int]:

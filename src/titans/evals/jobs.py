@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -38,11 +39,23 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def data_folder() -> Path:
-    """The folder that TITANS_DATA_DIR points to; without it a runner ends in one line."""
+    """The folder that TITANS_DATA_DIR points to; ValueError without it."""
     try:
         return Path(os.environ["TITANS_DATA_DIR"]).resolve()
     except KeyError:
-        raise SystemExit("TITANS_DATA_DIR is not set: expected the folder of the data") from None
+        raise ValueError("TITANS_DATA_DIR is not set: expected the folder of the data") from None
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a runner's `main`: bad input is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def runner_parser(text: str, runs: str | None = None) -> ArgumentParser:
@@ -63,12 +76,12 @@ def at_least_one(text: str) -> int:
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every path under its name; an error where two share one, as GUE's mouse/0 and tf/0 do."""
+    """Every path under its name; ValueError where two share one, as GUE's mouse/0 and tf/0 do."""
     named: dict[str, Path] = {}
     for path in paths:
         name = path.absolute().name.split(".")[0]  # of a link its own
         if name in named:
-            raise SystemExit(
+            raise ValueError(
                 f"{path} and {named[name]} have one name, {name!r}: link or rename one"
             )
         named[name] = path.resolve()
@@ -149,6 +162,12 @@ def attempt(function: Callable[[Job], Row], job: Job) -> Row:
         return function(job)
     except NonFiniteError as error:
         return {"diverged": str(error)}
+
+
+def diverged(rows: Sequence[Row], job: Job) -> bool:
+    """Did it diverge? Of such a training there is nothing to ask."""
+    row = find(rows, job)
+    return row is not None and "diverged" in row
 
 
 def split_diverged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:

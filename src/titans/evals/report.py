@@ -27,8 +27,13 @@ def write_json(path: Path, content: Any) -> None:
         text = "[\n" + ",\n".join(json.dumps(row) for row in content) + "\n]"
     else:
         text = json.dumps(content, indent=1)
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Beside the target, then renamed."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text + "\n", encoding="utf-8")
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
@@ -36,6 +41,22 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     """Lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def mean_and_range(values: Sequence[float], digits: int = 3) -> str:
+    """`0.664 (0.650 to 0.678)`; of one value itself."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def origin(rows: Iterable[Mapping[str, Any]], *notes: str) -> str:
+    """Where and when rows came about: `machine; machine; note; date, date`."""
+    rows = list(rows)
+    # A training may move from one to another, which its row says.
+    machines = sorted({one for row in rows for one in row["machine"].split("; ")})
+    return "; ".join([*machines, *notes, ", ".join(sorted({row["date"] for row in rows}))])
 
 
 def percent(row: Mapping[str, Any]) -> str:

@@ -18,9 +18,9 @@ from titans.data.text import IGNORED, TextWindows, from_files
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
 from titans.train.config import DataConfig, RunConfig, Stage, expand_paths
 
-# Of every run, whatever its own seed, so that runs are compared on the same data. NumPy takes (seed,
-# step) apart into words of 32 bits, so that (2**40, 0) and (0, 256) are one stream; no training
-# has as many steps as this has in its upper word.
+# Of every run, whatever its own seed, so that runs are compared on the same data. NumPy takes
+# (seed, step) apart into words of 32 bits, so that (2**40, 0) and (0, 256) are one stream; no
+# training has as many steps as this has in its upper word.
 EVALUATION_SEED = 2**63
 
 Documents = Shards | Sequence[np.ndarray]
