@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from titans.config import MemoryConfig
-from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask
+from titans.data.pairs import IGNORED, VOCABULARY, PairBatch, PairTask, guess
 from titans.evals.jobs import (
     command,
     diverged,
@@ -227,8 +227,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "`titans.adapt` put memories beside the attention of both layers, which from then on",
         f"reached {WINDOW} tokens, and the memories alone, or all weights, were trained for",
         f"{STEPS} steps on rows of up to 1,024 tokens.",
-        "Recall of four pairs by tokens in the row; knowing which values occurred, but not whose",
-        "they are, gives 0.25. State: bytes that a row carries after the longest text of its line;",
+        "Recall of four pairs by tokens in the row; saying any of its values gives",
+        f"{guess(PAIRS):.2f}. State: bytes that a row carries after the longest text of its line;",
         "then an adapter's parameters, the bytes of its file, and minutes of training.",
         "By `python results/adapt/run.py`.",
         "",

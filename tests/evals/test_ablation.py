@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from titans.config import to_dict
-from titans.evals.ablation import BASE, PARTS, AblationConfig, ablation, at_chunk, train_part
+from titans.evals.ablation import (
+    BASE,
+    PARTS,
+    AblationConfig,
+    ChunkScore,
+    PartScore,
+    ablation,
+    at_chunk,
+    train_part,
+)
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM
 
@@ -79,7 +88,10 @@ def test_every_part_can_be_built():
 
 
 def test_scores_are_perplexities_of_the_trained_models(config, tmp_path):
-    result = ablation(config)
+    seen = []
+    result = ablation(config, seen.append)
+    assert [score for score in seen if isinstance(score, PartScore)] == list(result.parts)
+    assert [score for score in seen if isinstance(score, ChunkScore)] == list(result.chunks)
     assert [(p.part, p.seed) for p in result.parts] == [("lmm", 0), ("linear", 0)]
     model, score = train_part(config, "lmm", 0, tmp_path / "again")
     assert dataclasses.replace(score, train_seconds=0.0) == dataclasses.replace(

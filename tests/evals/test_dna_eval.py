@@ -10,7 +10,7 @@ import torch
 
 from titans.data.dna import reverse_complement
 from titans.evals import dna as module
-from titans.evals.dna import DNAConfig, dna, load_task, matthews, predict
+from titans.evals.dna import ClassifierScore, DNAConfig, dna, load_task, matthews, predict
 from titans.train.objective import NonFiniteError
 
 MOTIF = "GATTACA"
@@ -76,7 +76,9 @@ def test_a_planted_motif_is_found(tmp_path, name: str, without_shape_checks) -> 
         reverse_complement=False,
         device="cpu",
     )
-    (score,) = dna(config).scores
+    seen: list[ClassifierScore] = []
+    (score,) = dna(config, seen.append).scores
+    assert seen == [score]
     assert score.test_mcc > 0.7
     assert score.dev_curve[score.best_epoch - 1] == max(score.dev_curve) == score.dev_mcc
 

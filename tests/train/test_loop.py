@@ -129,7 +129,7 @@ def test_a_signal_ends_the_step_and_a_resumed_run_goes_on(tiny, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFile, "write", write_and_signal)
-        stopped = train(config, tmp_path / "stopped", progress=False)
+        stopped = train(config, tmp_path / "stopped")
     assert signal.getsignal(name) == before
     assert (stopped.step, stopped.finished) == (2, False)
     assert stopped.checkpoint.name == "step-000002"

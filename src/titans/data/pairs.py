@@ -2,7 +2,8 @@
 
 A row holds `pairs` pairs (key, value) at random places among noise tokens; at its end every key
 is asked for, in random order, as (QUERY, key). Answers are never revealed, so striking out what
-was used does not help: knowing the set of values, but not whose they are, gives 1 / pairs.
+was used does not help; values may occur twice. What knowing them but not whose they are gives is
+`guess`.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,14 @@ from torch import Tensor
 
 KEYS = VALUES = 32
 NOISE = 31
-QUERY = KEYS + VALUES + NOISE
-VOCABULARY = QUERY + 1
+VOCABULARY = KEYS + VALUES + NOISE + 1
 IGNORED = -100
+
+
+def guess(pairs: int, keys: int = KEYS) -> float:
+    """Right answers of who says one of a row's values, as often as it occurs: the right pair's, or
+    that of another with the same value."""
+    return 1 / pairs + (1 - 1 / pairs) / keys
 
 
 class PairBatch(NamedTuple):
@@ -30,7 +36,7 @@ class PairTask:
     """Rows of `length` tokens, a pure function of (seed, step); any length, piece by piece.
 
     keys: how many keys there are, and as many values: ids 0 ... keys - 1 and keys ... 2 keys - 1,
-    then NOISE tokens of noise, then QUERY. `vocabulary` counts them all.
+    then NOISE tokens of noise, then `query`. `vocabulary` counts them all.
     """
 
     def __init__(self, *, rows: int, length: int, pairs: int, seed: int, keys: int = KEYS) -> None:

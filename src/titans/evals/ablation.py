@@ -7,6 +7,7 @@ tested on held-out text, read in one stream. A trained memory can also be read a
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -184,8 +185,10 @@ class AblationResult:
     chunks: tuple[ChunkScore, ...]
 
 
-def ablation(config: AblationConfig) -> AblationResult:
-    """Train every part with every seed, and test it."""
+def ablation(
+    config: AblationConfig, watch: Callable[[PartScore | ChunkScore], None] | None = None
+) -> AblationResult:
+    """Train every part with every seed, and test it; `watch` sees every score as it is there."""
     # Before any training: is there something to test on?
     sizes = [len(document.tokens) for document in tokenized(reading(config), ByteTokenizer())]
     if max(sizes, default=0) < 2:
@@ -196,9 +199,13 @@ def ablation(config: AblationConfig) -> AblationResult:
             with tempfile.TemporaryDirectory() as folder:
                 trained, score = train_part(config, part, seed, Path(folder) / "run")
             parts.append(score)
+            if watch is not None:
+                watch(score)
             for size in () if trained.config.memory.decay_first else config.chunks:
                 bits = bits_per_byte(config, at_chunk(trained, size))
                 chunks.append(ChunkScore(part=part, seed=seed, chunk_size=size, bits_per_byte=bits))
+                if watch is not None:
+                    watch(chunks[-1])
     return AblationResult(config=config, parts=tuple(parts), chunks=tuple(chunks))
 
 

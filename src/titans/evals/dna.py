@@ -7,7 +7,7 @@ correlation on dev, and tested once on test with the weights that were best on d
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -132,17 +132,19 @@ class DNAResult:
     scores: tuple[ClassifierScore, ...]
 
 
-def dna(config: DNAConfig) -> DNAResult:
-    """Train and test every model of `config.models` with every seed.
+def dna(config: DNAConfig, watch: Callable[[ClassifierScore], None] | None = None) -> DNAResult:
+    """Train and test every model of `config.models` with every seed; `watch` sees every score as it
+    is there.
 
     Raises ValueError, in one line, for a folder or a sequence that cannot be read.
     """
     task = load_task(config)
-    scores = [
-        train_and_test(config, task, model, seed)
-        for seed in config.seeds
-        for model in config.models
-    ]
+    scores = []
+    for seed in config.seeds:
+        for model in config.models:
+            scores.append(train_and_test(config, task, model, seed))
+            if watch is not None:
+                watch(scores[-1])
     return DNAResult(
         task=task.name,
         split=task.split,

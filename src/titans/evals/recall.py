@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from titans.baselines import BASELINES, has_convolution
 from titans.config import MemoryConfig, TitansConfig, Variant
-from titans.data.pairs import IGNORED, PairBatch, PairTask
+from titans.data.pairs import IGNORED, PairBatch, PairTask, guess
 from titans.models.lm import TitansLM
 from titans.train.batches import EVALUATION_SEED
 from titans.train.objective import descend
@@ -80,7 +80,7 @@ class RecallConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PairsCell:
-    """accuracy: of the answers; guess: of one who knows a row's values but not their keys."""
+    """accuracy: of the answers; guess: of who says any of a row's values (`data.pairs.guess`)."""
 
     pairs: int
     asked: int
@@ -130,7 +130,7 @@ def row_length(pairs: int) -> int:
 
 
 def build_model(config: RecallConfig) -> TitansLM:
-    """Two layers of the mixer alone."""
+    """Layers of the mixer alone."""
     memory = MemoryConfig(heads=1, head_dim=config.head_dim)
     if has_convolution(config.model):
         memory = replace(memory, key_init=config.key_init)
@@ -223,27 +223,24 @@ def ask(model: TitansLM, config: RecallConfig, pairs: int) -> PairsCell:
     tokens, labels = task.batch(0)
     right = (model(tokens)[0].argmax(-1) == labels)[labels != IGNORED]
     return PairsCell(
-        pairs=pairs, asked=len(right), accuracy=right.float().mean().item(), guess=1 / pairs
+        pairs=pairs,
+        asked=len(right),
+        accuracy=right.float().mean().item(),
+        guess=guess(pairs, config.keys),
     )
 
 
 def plot(result: RecallResult, path: Path) -> None:
     """Accuracy against pairs."""
-    plot_lines({f"{result.model}, {result.state:,} numbers": result}, path)
-
-
-def plot_lines(results: dict[str, RecallResult], path: Path) -> None:
-    """The same for several models."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for name, result in results.items():
-        x, y = [c.pairs for c in result.cells], [c.accuracy for c in result.cells]
-        axis.plot(x, y, marker="o", label=name)
-    cells = next(iter(results.values())).cells
-    guess = [c.guess for c in cells]
-    axis.plot([c.pairs for c in cells], guess, ":", color="#888", label="the set alone")
+    pairs = [cell.pairs for cell in result.cells]
+    name = f"{result.model}, {result.state:,} numbers"
+    axis.plot(pairs, [cell.accuracy for cell in result.cells], marker="o", label=name)
+    guesses = [cell.guess for cell in result.cells]
+    axis.plot(pairs, guesses, ":", color="#888", label="any of the row's values")
     axis.set_xscale("log", base=2)
     axis.set_ylim(-0.03, 1.03)
     axis.set_xlabel("pairs in the row")

@@ -74,7 +74,8 @@ def train(
 ) -> TrainResult:
     """Train a model in `folder`, from the start or from the newest checkpoint there.
 
-    resume: False insists on a new folder. progress: show a bar on stderr.
+    resume: False insists on a new folder. progress: show a bar on stderr, and say how to go on
+    where a signal stopped it.
 
     SIGINT or SIGTERM lets the step finish and writes a checkpoint. Raises ValueError for data or
     a folder that does not fit the config, NonFiniteError for a loss, gradient or memory that is
@@ -102,7 +103,7 @@ def train(
         checkpoint = run_steps(training, data, config, folder, loggers, stop, here) or start
     assert checkpoint is not None
     finished = training.step == config.train.steps
-    if not finished and here.first:
+    if progress and not finished and here.first:
         print(
             f"stopped after step {training.step}; train with the same config and folder to go "
             f"on from {checkpoint}",
