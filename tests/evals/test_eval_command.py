@@ -191,3 +191,22 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "perplexity --checkpoint demo --paths $NO_SUCH/x",
+        "commonsense --checkpoint demo --paths $NO_SUCH/x",
+        "genome --checkpoint demo --path $NO_SUCH/x",
+        "needle --checkpoint demo --kinds single-1 --words $NO_SUCH/x",
+        "babilong --checkpoint demo --folder $NO_SUCH/x",
+        "dna --folder $NO_SUCH/x",
+        "forecast --data $NO_SUCH/x",
+        "ablation --paths README.md --test-paths $NO_SUCH/x",
+    ],
+)
+def test_every_path_may_begin_with_a_variable(command, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", *command.split()])
+    assert "$NO_SUCH/x: the environment variable NO_SUCH is not set" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 
 from titans.config import TitansConfig, load_toml, to_toml
+from titans.data.documents import expand_paths
 from titans.train.config import (
     BabiRows,
     DataConfig,
@@ -11,7 +12,6 @@ from titans.train.config import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
-    expand_paths,
     first_difference,
     write_cost_at,
 )

@@ -11,11 +11,12 @@
     NAME.txt        six lines an item: context, index of the right ending, four endings
                     (HellaSwag)
 
-All may be compressed (`.gz`, `.bz2`). Which layout a file has is told by its contents.
+All may be compressed (`.gz`, `.bz2`). Which layout a line of a `.jsonl` file has is told by its
+keys; any other file is read as lines.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def task_name(path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def choice_files(paths: tuple[str, ...]) -> list[Path]:
+def choice_files(paths: Iterable[str | Path]) -> list[Path]:
     """The files themselves; of a folder, those with one of `SUFFIXES`, sorted."""
     files: list[Path] = []
     for path in map(Path, paths):

@@ -5,6 +5,7 @@ import codecs
 import csv
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,19 @@ class Document(NamedTuple):
     name: str
     """Where it came from: a path, with a line number for JSONL."""
     text: str
+
+
+def expand_paths(paths: Iterable[str]) -> list[Path]:
+    """Of a setting, `$NAME` and `~` replaced; ValueError naming a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if name not in os.environ:
+            raise ValueError(f"{match.string}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    pattern = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+    return [Path(pattern.sub(value, path)).expanduser() for path in paths]
 
 
 def read_documents(

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from titans.data.babilong import BabiTask, test_questions
+from titans.data.documents import expand_paths
 from titans.data.haystack import noise, prose
 from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.evals.answers import answer, exact, wilson
 from titans.evals.report import readable
 from titans.models.lm import TitansLM
-from titans.train.config import expand_paths
 
 
 @dataclass(frozen=True, kw_only=True)

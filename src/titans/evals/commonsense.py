@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from titans.data.choices import Item, choice_files, read_choices, task_name
+from titans.data.documents import expand_paths
 from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.generate import select_rows, stream
 from titans.models.lm import TitansLM
@@ -89,7 +90,7 @@ def commonsense(
     tasks = []
     files = [
         (path, list(islice(read_choices(path, config.answer), config.limit or None)))
-        for path in choice_files(config.paths)
+        for path in choice_files(expand_paths(config.paths))
     ]
     for path, items in files:
         right = [judge(model, tokenizer, item, config.write) for item in items]

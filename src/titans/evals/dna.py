@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titans.config import MemoryConfig, TitansConfig, check_fields, require_positive
 from titans.data.dna import BASES, DNATask, Labelled, read_task, reverse_complement, select
+from titans.data.documents import expand_paths
 from titans.models.classifier import ConvolutionalClassifier, Pooling, SequenceClassifier
 from titans.train.config import OptimizerConfig
 from titans.train.loop import choose_device
@@ -154,7 +155,8 @@ def dna(config: DNAConfig, watch: Callable[[ClassifierScore], None] | None = Non
 
 
 def load_task(config: DNAConfig) -> DNATask:
-    task = read_task(config.folder)
+    (folder,) = expand_paths((config.folder,))
+    task = read_task(folder)
     if not config.limit:
         return task
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans.data.documents import expand_paths
 from titans.data.timeseries import (
     ForecastData,
     MissingRule,
@@ -220,8 +221,9 @@ def forecast(
 
 
 def load(settings: ForecastSettings) -> ForecastData:
+    (path,) = expand_paths((settings.data,))
     return load_forecast_data(
-        settings.data,
+        path,
         lookback=settings.lookback,
         horizon=settings.horizon,
         split=settings.split,

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int64
 
 from titans.data.dna import BASES, UNKNOWN, Codes, read_fasta, reverse_complement
+from titans.data.documents import expand_paths
 from titans.data.tokenizers import tokenizer_of
 from titans.evals.perplexity import PositionLoss, Positions, read_rows
 from titans.models.lm import TitansLM
@@ -112,7 +113,8 @@ class GenomeSplit(NamedTuple):
 
 def split_genome(config: GenomeConfig) -> GenomeSplit:
     """The first record of the file, cut in three; ValueError if it is too short for that."""
-    name, codes = next(read_fasta(config.path))
+    (path,) = expand_paths((config.path,))
+    name, codes = next(read_fasta(path))
     stop = len(codes) - config.test - config.valid
     if stop < 1:
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from titans.data.documents import read_documents
+from titans.data.documents import expand_paths, read_documents
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from titans.generate import read_piece, select_rows
 from titans.models.lm import TitansLM
@@ -178,7 +178,7 @@ def perplexity(
 def tokenized(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Tokens]:
     """The documents of `config.paths`, cut to `max_tokens`; those without a token are left out."""
     for document in read_documents(
-        config.paths, config.text_key, config.strip_gutenberg, config.encoding
+        expand_paths(config.paths), config.text_key, config.strip_gutenberg, config.encoding
     ):
         text, ids = document.text, encode(tokenizer, document.text)
         if config.max_tokens and len(ids) > config.max_tokens:

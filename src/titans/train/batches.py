@@ -10,13 +10,14 @@ from torch import Tensor
 
 from titans.data.babilong import BabiBatches, BabiTask, held_back, training_questions
 from titans.data.carrier import files_text, python_text
+from titans.data.documents import expand_paths
 from titans.data.facts import STATEMENT_SIZE, Batch, FactBatches
 from titans.data.haystack import Ring, prose
 from titans.data.needle import KINDS, NeedleBatches, NeedleTask
 from titans.data.shards import Shards
 from titans.data.text import IGNORED, TextWindows, from_files
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
-from titans.train.config import DataConfig, RunConfig, Stage, expand_paths
+from titans.train.config import DataConfig, RunConfig, Stage
 
 # Of every run, whatever its own seed, so that runs are compared on the same data. NumPy takes
 # (seed, step) apart into words of 32 bits, so that (2**40, 0) and (0, 256) are one stream; no

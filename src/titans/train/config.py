@@ -1,10 +1,7 @@
 """What a training run is: its model, its data, its schedule. One TOML file, one `RunConfig`."""
 
 import dataclasses
-import os
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from titans.config import TitansConfig, check_fields, require_positive, to_dict
@@ -352,19 +349,6 @@ def write_cost_at(config: RunConfig, step: int) -> float:
     """`train.write_cost`, or that of the stage the step belongs to."""
     stage = [stage for stage in config.data.curriculum() if stage.begin <= step][-1]
     return config.train.write_cost if stage.write_cost is None else stage.write_cost
-
-
-def expand_paths(paths: tuple[str, ...]) -> list[Path]:
-    """Paths with `$NAME` and `~` replaced; ValueError naming a variable that is not set."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1) or match.group(2)
-        if name not in os.environ:
-            raise ValueError(f"{match.string}: the environment variable {name} is not set")
-        return os.environ[name]
-
-    pattern = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-    return [Path(pattern.sub(value, path)).expanduser() for path in paths]
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from titans.data.documents import expand_paths
 from titans.data.facts import Batch
 from titans.models.lm import TitansLM, load
 from titans.state import ModelState
@@ -30,7 +31,7 @@ from titans.train.checkpoint import (
     open_run,
     save_checkpoint,
 )
-from titans.train.config import RunConfig, expand_paths, write_cost_at
+from titans.train.config import RunConfig, write_cost_at
 from titans.train.evaluate import evaluate
 from titans.train.metrics import Logger, MetricsFile, Row, open_loggers, require_loggers
 from titans.train.objective import (

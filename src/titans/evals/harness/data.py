@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from titans.data.choices import SUFFIXES, Item, choice_files, read_choices, task_name
-from titans.data.documents import read_documents
+from titans.data.documents import expand_paths, read_documents
 from titans.data.needle import NeedleTask
 from titans.data.tokenizers import load_tokenizer
 from titans.evals.harness import HarnessConfig
 from titans.evals.harness import model as model  # registers
 from titans.evals.needle import NeedleConfig
-from titans.train.config import expand_paths
 
 
 def questions(file: str, questions: str = HarnessConfig.questions, **others: Any) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def questions(file: str, questions: str = HarnessConfig.questions, **others: Any
     (folder,) = expand_paths((questions,))
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of questions")
-    found = [path for path in choice_files((str(folder),)) if task_name(path).startswith(file)]
+    found = [path for path in choice_files([folder]) if task_name(path).startswith(file)]
     if len(found) != 1:
         raise ValueError(
             f"{folder}: expected one file named {file}... ({', '.join(SUFFIXES)}), got {len(found)}"
