@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from titans.data.facts import is_held_out
+from titans.data.carrier import is_held_out
 from titans.data.haystack import NOISE, blocks, prose, prose_files, split_sentences
 from titans.data.needle import KINDS, NeedleBatches, NeedleTask
 from titans.data.tokenizers import BPETokenizer, ByteTokenizer

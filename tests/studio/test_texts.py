@@ -2,7 +2,7 @@
 
 import torch
 
-from titans.data.facts import is_held_out
+from titans.data.carrier import is_held_out
 from titans.demo import asset
 from titans.generate import Sampling, generate, stream
 from titans.models.lm import load

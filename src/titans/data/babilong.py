@@ -14,28 +14,27 @@ repeat some of them, in task 4 two thirds of the file, in other words or another
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from titans.data.documents import read_documents
-from titans.data.facts import ANSWER, STATED, TEXT, Batch
+from titans.data.facts import ANSWER, STATED, TEXT, Batch, batch_of
 from titans.data.haystack import (
     AFTER,
     Piece,
+    Placed,
     Ring,
     Sample,
     Unit,
-    batch_of,
-    encode,
     row_of,
     scatter,
     size,
+    spread,
     weave,
 )
-from titans.data.tokenizers import Tokenizer
+from titans.data.tokenizers import Tokenizer, encode
 
 OPEN, CLOSE = "<context>\n", "\n</context>\n\n"
 AGAIN = f"\n\n{OPEN}"  # after an answer
@@ -57,9 +56,6 @@ STRAY_PLACES = (
     *("shop", "palace", "village", "city", "carriage", "forest", "library", "stable", "station"),
 )
 STRAY_ENDS = (".", ".", ".", ",", ";", "!", "?", " again.", " and")
-
-Placed = tuple[float, Unit]
-"""What is hidden, and at which depth or offset."""
 
 
 class Line(NamedTuple):
@@ -288,11 +284,6 @@ class BabiTask:
 
     def text(self, text: str, kind: int = TEXT) -> Piece:
         return Piece(encode(self.tokenizer, text), kind)
-
-
-def spread(placed: Sequence[Placed], room: int) -> list[Placed]:
-    """Depths from 0 to 1 made offsets in `room` tokens, rising."""
-    return sorted(((room * depth, unit) for depth, unit in placed), key=itemgetter(0))
 
 
 def stray_fact(fact: str, generator: np.random.Generator) -> str:

@@ -4,7 +4,6 @@ Recall is scored by all digits of the answer, so knowing which values occurred i
 each must be bound to its name. Names and values of the tests never occur in training.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titans.data.carrier import window
+from titans.data.carrier import is_held_out, window
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAME = 4  # letters of a name
 DIGITS = 4
-HELD_OUT_EVERY = 5
 
 TEXT, STATED, ANSWER = 0, 1, 2  # what a byte of a training row is
 
@@ -65,16 +63,25 @@ def draw_facts(count: int, generator: np.random.Generator, held_out: bool) -> li
     return [Fact(name, value) for name, value in facts.items()]
 
 
-def is_held_out(text: str) -> bool:
-    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_EVERY == 0
+def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]], text_weight: float) -> Batch:
+    """Rows of T + 1 tokens and what each of them is -> T predictions a row.
+
+    Weights: 1 / (answers' tokens in the batch) for those, `text_weight` / (tokens of text) for the
+    text, 0 for what is stated (no one can know it).
+    """
+    tokens = torch.from_numpy(np.stack([row[0] for row in rows]).astype(np.int64))
+    kinds = torch.from_numpy(np.stack([row[1] for row in rows]))[:, 1:]
+    answers, text = kinds == ANSWER, kinds == TEXT
+    weights = answers / answers.sum().clamp(min=1)
+    weights = weights + text_weight * text / text.sum().clamp(min=1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), answers)
 
 
 class FactBatches:
     """Training batches as a pure function of (seed, step): a resumed run sees the same ones.
 
     Every row is a window of real text with some facts stated in it and asked for later, in
-    random order. Weights: 1 / (number of answer digits in the batch) for answers, `text_weight`
-    / (number of text bytes) for the text, 0 for the digits of a statement (no one can know).
+    random order. Weights: as `batch_of` has them.
     """
 
     def __init__(
@@ -93,21 +100,11 @@ class FactBatches:
         self.texts, self.lengths, self.tokens_per_batch = texts, tuple(lengths), tokens_per_batch
         self.facts, self.text_weight, self.seed = facts, text_weight, seed
 
-    def batch(self, step: int, lengths: Sequence[int] | None = None) -> Batch:
+    def batch(self, step: int) -> Batch:
         generator = np.random.default_rng((self.seed, step))
-        length = int(generator.choice(lengths or self.lengths))
-        rows = [self.row(length + 1, generator) for _ in range(self.tokens_per_batch // length)]
-        text = np.stack([r[0] for r in rows])
-        kind = np.stack([r[1] for r in rows])[:, 1:]
-        answers = kind == ANSWER
-        weights = answers / max(answers.sum(), 1)
-        weights = weights + self.text_weight * (kind == TEXT) / max((kind == TEXT).sum(), 1)
-        return Batch(
-            torch.from_numpy(text[:, :-1].astype(np.int64)),
-            torch.from_numpy(text[:, 1:].astype(np.int64)),
-            torch.from_numpy(weights.astype(np.float32)),
-            torch.from_numpy(answers),
-        )
+        length = int(generator.choice(self.lengths))
+        count = self.tokens_per_batch // length
+        return batch_of([self.row(length + 1, generator) for _ in range(count)], self.text_weight)
 
     def row(self, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Bytes, and what each of them is (TEXT, STATED, ANSWER)."""

@@ -3,7 +3,7 @@
 A sample is never held as a whole. Its text is a ring of sentences that is read from some place
 on, with other sentences put into its gaps; ten million tokens take no more room than a thousand.
 What is read of the books is split by `prose_files`, what is hidden in them by
-`data.facts.is_held_out` (or by bAbI's own files).
+`data.carrier.is_held_out` (or by bAbI's own files).
 """
 
 import re
@@ -11,15 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from titans.data.documents import TEXT_SUFFIXES, read_documents
-from titans.data.facts import ANSWER, TEXT, Batch
-from titans.data.tokenizers import Tokenizer, encode_document
+from titans.data.facts import TEXT
+from titans.data.tokenizers import Tokenizer, encode
 
 HELD_OUT_BOOKS = ("austen-persuasion", "chesterton-thursday", "1184-0")
 """Beginnings of the file names of the books that tests read and training does not."""
@@ -50,6 +50,8 @@ class Piece(NamedTuple):
 
 Unit = tuple[Piece, ...]
 """A sentence: it is never torn apart, but for the first of a haystack."""
+Placed = tuple[float, Unit]
+"""What is hidden, and at which depth or offset."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,6 @@ class Sample:
     answer: np.ndarray
     expected: tuple[str, ...]
     question: str
-
-
-def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids of `text`, in the dtype of the tokenizer's documents."""
-    return encode_document(tokenizer, text)[:-1]
 
 
 def size(unit: Iterable[Piece]) -> int:
@@ -211,7 +208,7 @@ def pieces_of(sentence: str) -> Iterator[str]:
 
 def scatter(
     per_thousand: float, length: int, unit: Callable[[], Unit], generator: np.random.Generator
-) -> list[tuple[float, Unit]]:
+) -> list[Placed]:
     """Units for `length` tokens of training text, so many per 1,000 on the mean, at depths from
     0 to 1: what looks like something to remember and is not, for gates to leave alone."""
     if not per_thousand:
@@ -220,7 +217,12 @@ def scatter(
     return [(generator.random(), unit()) for _ in range(count)]
 
 
-def weave(sentences: Iterable[Unit], hidden: Sequence[tuple[float, Unit]]) -> Iterator[Piece]:
+def spread(placed: Iterable[Placed], room: int) -> list[Placed]:
+    """Depths from 0 to 1 made offsets in `room` tokens, rising."""
+    return [(depth * room, unit) for depth, unit in sorted(placed, key=itemgetter(0))]
+
+
+def weave(sentences: Iterable[Unit], hidden: Sequence[Placed]) -> Iterator[Piece]:
     """Sentences, and in their gaps what is hidden: (offset, unit), rising.
 
     A unit goes before the first sentence that begins at its offset or later (in tokens of the
@@ -260,17 +262,3 @@ def row_of(pieces: Iterable[Piece]) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.concatenate([piece.tokens.astype(np.int64) for piece in whole])
     kinds = np.concatenate([np.full(len(piece.tokens), piece.kind) for piece in whole])
     return tokens, kinds
-
-
-def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]], text_weight: float) -> Batch:
-    """Rows of T + 1 tokens and their kinds -> T predictions a row.
-
-    Weights as in `FactBatches`: the answers' tokens share 1, all text shares `text_weight`, and
-    what no one can know counts nothing.
-    """
-    tokens = torch.from_numpy(np.stack([row[0] for row in rows]))
-    kinds = torch.from_numpy(np.stack([row[1] for row in rows]))[:, 1:]
-    answers, text = kinds == ANSWER, kinds == TEXT
-    weights = answers / answers.sum().clamp(min=1)
-    weights = weights + text_weight * text / text.sum().clamp(min=1)
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights.float(), answers)

@@ -21,23 +21,24 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from titans.data.carrier import is_held_out
 from titans.data.documents import read_documents
-from titans.data.facts import ANSWER, STATED, TEXT, Batch, is_held_out
+from titans.data.facts import ANSWER, STATED, TEXT, Batch, batch_of
 from titans.data.haystack import (
     AFTER,
     Piece,
+    Placed,
     Ring,
     Sample,
     Unit,
-    batch_of,
-    encode,
     noise,
     row_of,
     scatter,
     size,
+    spread,
     weave,
 )
-from titans.data.tokenizers import Tokenizer
+from titans.data.tokenizers import Tokenizer, encode
 
 HOPS = 4  # of a chain of variables
 LETTERS = 5  # of a variable's name
@@ -209,7 +210,7 @@ class NeedleTask:
         of the answer is left, which names what is asked. ValueError where not even one fits.
         """
         taken: set[str] = set()
-        placed: list[tuple[float, Unit]] = []
+        placed: list[Placed] = []
         strays = self.strays(length, generator)
         room = length - sum(size(unit) for _, unit in strays)
         for _ in range(count):
@@ -233,13 +234,13 @@ class NeedleTask:
     def woven(
         self,
         room: int,
-        placed: list[tuple[float, Unit]],
+        placed: list[Placed],
         taken: set[str],
         generator: np.random.Generator,
     ) -> Callable[[], Iterator[Piece]]:
         """`room` tokens of haystack and what is hidden in it at (depth, unit), to be read at
         will."""
-        hidden = [(depth * room, unit) for depth, unit in sorted(placed, key=lambda p: p[0])]
+        hidden = spread(placed, room)
         if self.ring is not None:
             sentences = partial(self.ring.sentences, room, self.ring.random_end(generator))
         else:
@@ -247,7 +248,7 @@ class NeedleTask:
             sentences = partial(self.distractors, room, seed, frozenset(taken))
         return lambda: weave(sentences(), hidden)
 
-    def strays(self, length: int, generator: np.random.Generator) -> list[tuple[float, Unit]]:
+    def strays(self, length: int, generator: np.random.Generator) -> list[Placed]:
         """Numbers of no needle for `length` tokens, at their depths; no one can know them."""
 
         def unit() -> Unit:

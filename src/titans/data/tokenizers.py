@@ -185,8 +185,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tokens"]:
-    """The ids of `text` followed by `end_of_document`, in `token_dtype`.
+def encode(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tokens"]:
+    """The ids of `text`, in `token_dtype`.
 
     Raises ValueError where the tokenizer gives an id outside its own vocabulary.
     """
@@ -200,10 +200,13 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tok
                 f"tokenizer {tokenizer.name!r}: expected ids in 0..{tokenizer.vocab_size - 1}, "
                 f"got {ids.min()}..{ids.max()}"
             )
-    document = np.empty(len(ids) + 1, dtype=token_dtype(tokenizer.vocab_size))
-    document[:-1] = ids
-    document[-1] = tokenizer.end_of_document
-    return document
+    return ids.astype(token_dtype(tokenizer.vocab_size), copy=False)
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tokens"]:
+    """The ids of `text` followed by `end_of_document`, as `encode` has them."""
+    ids = encode(tokenizer, text)
+    return np.append(ids, ids.dtype.type(tokenizer.end_of_document))
 
 
 def encode_blocks(

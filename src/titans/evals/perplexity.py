@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from titans.data.documents import expand_paths, read_documents
-from titans.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
+from titans.data.tokenizers import ByteTokenizer, Tokenizer, encode, tokenizer_of
 from titans.generate import read_piece, select_rows
 from titans.models.lm import TitansLM
 from titans.state import ModelState
@@ -180,18 +180,12 @@ def tokenized(config: PerplexityConfig, tokenizer: Tokenizer) -> Iterator[Tokens
     for document in read_documents(
         expand_paths(config.paths), config.text_key, config.strip_gutenberg, config.encoding
     ):
-        text, ids = document.text, encode(tokenizer, document.text)
+        text, ids = document.text, encode(tokenizer, document.text).astype(np.int64)
         if config.max_tokens and len(ids) > config.max_tokens:
             ids = ids[: config.max_tokens]
             text = tokenizer.decode(ids)
         if len(ids):
             yield Tokens(document.name, ids, len(text.split()))
-
-
-def encode(tokenizer: Tokenizer, text: str) -> Int64[np.ndarray, " time"]:
-    if isinstance(tokenizer, ByteTokenizer):
-        return tokenizer.encode_array(text).astype(np.int64)
-    return np.array(tokenizer.encode(text), dtype=np.int64)
 
 
 def byte_count(tokenizer: Tokenizer, ids: Int64[np.ndarray, " time"]) -> int:

@@ -23,10 +23,10 @@ except ImportError as error:
     ) from error
 
 from titans.data.choices import Item, Option
-from titans.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of
+from titans.data.tokenizers import Tokenizer, encode, load_tokenizer, tokenizer_of
 from titans.evals.commonsense import EncodedOption, encode_item, likelihoods
 from titans.evals.harness.until import Until, continuations
-from titans.evals.perplexity import encode, read_rows
+from titans.evals.perplexity import read_rows
 from titans.generate import PIECE
 from titans.models.lm import TitansLM, load
 
