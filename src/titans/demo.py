@@ -22,7 +22,7 @@ from rich.table import Table
 
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Fact
-from titans.evals.facts import Haystack, ask, hide_facts, read
+from titans.evals.facts import HiddenFacts, ask, hide_facts, read
 from titans.evals.report import readable
 from titans.generate import Reading
 from titans.models.lm import load
@@ -135,7 +135,7 @@ def asset(name: str) -> Path:
     return path
 
 
-def save_memory(out: Path, state: ModelState, haystack: Haystack, model: Path | None) -> None:
+def save_memory(out: Path, state: ModelState, haystack: HiddenFacts, model: Path | None) -> None:
     """The memory as a file, and beside it the questions that a fresh process will ask."""
     state.save(out / "demo.memory")
     questions = {
@@ -176,7 +176,7 @@ class Curve:
         self.surprise.append(reading.surprise[0].amax(-1).numpy().copy())
         self.learning_rate.append(reading.learning_rate[0].amax(-1).numpy().copy())
 
-    def plot(self, haystack: Haystack, path: Path) -> None:
+    def plot(self, haystack: HiddenFacts, path: Path) -> None:
         """Largest surprise and learning rate over the memories, as maxima of 1,000 bins."""
         from matplotlib.figure import Figure
 

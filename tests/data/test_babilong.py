@@ -156,7 +156,6 @@ def test_facts_stand_in_order_between_sentences(task):
             assert text.endswith(tail)
             context = text[len(head) : -len(tail)]
             rained = re.compile(r"It rained on day \d+ of it\. ")
-            assert context.index(question.facts[0]) == 0 or rained.search(context)
             # Whole sentences after the first, and the facts alone are left of them.
             left = re.sub(r"^[^A-Z]+", "", rained.sub("", context))
             assert left.strip() == " ".join(question.facts)

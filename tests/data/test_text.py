@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from titans.data.documents import Document
 from titans.data.shards import Shards, prepare
-from titans.data.text import IGNORED, TextWindows, documents_for_evaluation, from_files
+from titans.data.text import IGNORED, TextWindows, from_files
 from titans.data.tokenizers import ByteTokenizer
 
 END = 256
@@ -97,15 +97,6 @@ def test_shards_and_memory_give_the_same_batches(tmp_path):
     for step in range(5):
         for ours, theirs in zip(prepared.batch(step), loaded.batch(step), strict=True):
             assert torch.equal(ours, theirs)
-
-
-def test_whole_documents_for_evaluation(tmp_path):
-    documents = [Document("", text) for text in ("abc", "", "d")]
-    prepare(documents, ByteTokenizer(), tmp_path / "out")
-    pairs = list(documents_for_evaluation(Shards.open(tmp_path / "out")))
-    assert [tokens.tolist() for tokens, _ in pairs] == [[[97, 98, 99]], [[100]]]
-    assert [labels.tolist() for _, labels in pairs] == [[[98, 99, END]], [[END]]]
-    assert len(list(documents_for_evaluation(numbered(5, 1, 3)))) == 2
 
 
 def test_what_is_refused():

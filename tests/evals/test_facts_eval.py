@@ -85,7 +85,7 @@ def test_statements_end_where_the_distance_says() -> None:
 
 
 def test_distances_must_leave_room() -> None:
-    with pytest.raises(ValueError, match="distances must be at least"):
+    with pytest.raises(ValueError, match="distances must be 0 or more and at least"):
         hide_facts(TEXT, (100, 105), streams=1, seed=0)
 
 

@@ -20,7 +20,7 @@ from titans.bench.measure import MatrixPeak, Timing, check_device, interleave
 from titans.data.carrier import endless, files_text, python_text
 from titans.data.facts import DIGITS, STATEMENT_SIZE, Fact
 from titans.demo import asset
-from titans.evals.facts import Haystack, hide_facts
+from titans.evals.facts import MARGIN, HiddenFacts, hide_facts
 from titans.generate import Sampling, generate
 from titans.inspect import replay
 from titans.models.lm import TitansLM, load
@@ -98,7 +98,7 @@ def bench_memory(
     return result
 
 
-def hidden_facts(bench: MemoryBench) -> tuple[str, Haystack]:
+def hidden_facts(bench: MemoryBench) -> tuple[str, HiddenFacts]:
     """What is read, in words, and the text with the facts in it."""
     book = Path(os.path.expandvars(BOOK))
     if bench.text:
@@ -110,7 +110,7 @@ def hidden_facts(bench: MemoryBench) -> tuple[str, Haystack]:
         name = "Python's standard library"
         text = endless(python_text(held_out=True), bench.length, np.random.default_rng(0))
     # `hide_facts` reads this much more than the largest distance: the whole text.
-    longest = len(text) - STATEMENT_SIZE - 64
+    longest = len(text) - STATEMENT_SIZE - MARGIN
     if longest < SHORTEST + (bench.facts - 1) * STATEMENT_SIZE:
         raise ValueError(f"{name}: {len(text)} bytes are too few to hide {bench.facts} facts in")
     distances = np.linspace(SHORTEST, longest, bench.facts).astype(int).tolist()
@@ -121,7 +121,7 @@ Ask = Callable[[Fact], str]
 
 
 def ways(
-    bench: MemoryBench, model: TitansLM, haystack: Haystack, state: ModelState, path: Path
+    bench: MemoryBench, model: TitansLM, haystack: HiddenFacts, state: ModelState, path: Path
 ) -> dict[str, Ask]:
     """How to get an answer, cheapest first."""
 

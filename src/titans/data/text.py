@@ -1,6 +1,6 @@
 """Language modelling batches: windows of single documents, and whole documents to evaluate on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,18 +98,6 @@ def from_files(
     """
     documents = read_documents(paths, text_key=text_key, strip_gutenberg=strip_gutenberg)
     return [encode_document(tokenizer, document.text) for document in documents]
-
-
-def documents_for_evaluation(
-    documents: Shards | Sequence[np.ndarray],
-) -> Iterator[tuple[Int64[Tensor, "1 time"], Int64[Tensor, "1 time"]]]:
-    """Whole documents in order, as tokens and next tokens: each prediction once, none ignored.
-
-    A document of n tokens gives `(1, n - 1)`; one without a second token gives nothing.
-    """
-    for number in np.flatnonzero(_lengths(documents) > 1):
-        document = torch.from_numpy(_document(documents, int(number)).astype(np.int64))
-        yield document[None, :-1], document[None, 1:]
 
 
 def _lengths(documents: Shards | Sequence[np.ndarray]) -> Int64[np.ndarray, "documents"]:

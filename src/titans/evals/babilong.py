@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from titans.config import require_positive
 from titans.data.babilong import BabiTask, test_questions
 from titans.data.documents import expand_paths
 from titans.data.haystack import noise, prose
@@ -50,9 +51,7 @@ class BabilongConfig:
             raise ValueError("tasks or lengths is empty: expected at least one of each")
         if min(self.lengths) < 0 or self.seed < 0:
             raise ValueError("lengths and seed must not be negative")
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_positive(self, "samples", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,10 @@ from titans.generate import Reading, stream
 from titans.models.lm import TitansLM
 from titans.state import ModelState
 
+MARGIN = 64  # tokens of a stream before its first fact
 
-class Haystack(NamedTuple):
+
+class HiddenFacts(NamedTuple):
     """tokens: (streams, length) uint8. facts[i][d]: the fact of stream i at distances[d]."""
 
     tokens: np.ndarray
@@ -30,15 +32,15 @@ class Haystack(NamedTuple):
 
 def hide_facts(
     texts: Sequence[np.ndarray], distances: Sequence[int], *, streams: int, seed: int
-) -> Haystack:
+) -> HiddenFacts:
     """Streams of text with one held-out fact per distance; the same for the same seed."""
-    margin = 64
     ordered = tuple(sorted(set(distances)))
     if ordered[0] < 0 or any(b - a < STATEMENT_SIZE for a, b in pairwise(ordered)):
         raise ValueError(
-            f"distances must be at least {STATEMENT_SIZE} tokens apart, got {list(ordered)}"
+            f"distances must be 0 or more and at least {STATEMENT_SIZE} tokens apart, "
+            f"got {list(ordered)}"
         )
-    length = ordered[-1] + STATEMENT_SIZE + margin
+    length = ordered[-1] + STATEMENT_SIZE + MARGIN
     rows, facts = [], []
     for index in range(streams):
         generator = np.random.default_rng((seed, index))
@@ -49,12 +51,12 @@ def hide_facts(
             row[end - STATEMENT_SIZE : end] = np.frombuffer(fact.statement, dtype=np.uint8)
         rows.append(row)
         facts.append(hidden)
-    return Haystack(np.stack(rows), facts, ordered)
+    return HiddenFacts(np.stack(rows), facts, ordered)
 
 
 def read(
     model: TitansLM,
-    haystack: Haystack,
+    haystack: HiddenFacts,
     *,
     write: bool = True,
     watch: Callable[[Reading], None] | None = None,

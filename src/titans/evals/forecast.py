@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans.config import check_fields, require_positive
 from titans.data.documents import expand_paths
 from titans.data.timeseries import (
     ForecastData,
@@ -73,10 +74,8 @@ class ForecastTraining:
     always read whole."""
 
     def __post_init__(self) -> None:
-        require_known("loss", self.loss, Loss)
-        for name in ("batch_size", "steps", "epochs", "patience", "validation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
+        require_positive(self, "batch_size", "steps", "epochs", "patience", "validation_windows")
         if not self.learning_rate > 0 or self.weight_decay < 0:
             raise ValueError("learning_rate must be positive and weight_decay not negative")
 
@@ -89,10 +88,6 @@ class ForecastSettings(ForecastTraining):
     """See `ForecastConfig.models`."""
     horizon: int = 96
     """Steps to forecast."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_known("model", self.model, ForecastModel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +107,11 @@ class ForecastConfig(ForecastTraining):
         super().__post_init__()
         if not self.models or not self.horizons:
             raise ValueError("models and horizons must not be empty")
-        for model in self.models:
-            require_known("models", model, ForecastModel)
 
     def settings(self, model: ForecastModel, horizon: int) -> ForecastSettings:
         """Of one of the runs."""
         shared = {f.name: getattr(self, f.name) for f in fields(ForecastTraining)}
         return ForecastSettings(model=model, horizon=horizon, **shared)
-
-
-def require_known(name: str, value: str, kind: Any) -> None:
-    """ValueError for what is not one of the strings of a Literal."""
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 class Errors(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from titans.config import require_positive
 from titans.data.documents import expand_paths
 from titans.data.haystack import Sample, prose
 from titans.data.needle import KINDS, NeedleTask, check_kind
@@ -57,9 +58,7 @@ class NeedleConfig:
             raise ValueError(f"lengths must be at least 1, got {list(self.lengths)}")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must lie in [0, 1], got {list(self.depths)}")
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_positive(self, "samples", "rows")
         if self.generated < 0 or self.seed < 0:
             raise ValueError("generated and seed must not be negative")
 

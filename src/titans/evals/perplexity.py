@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from titans.config import require_positive
 from titans.data.documents import expand_paths, read_documents
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, encode, tokenizer_of
 from titans.generate import read_piece, select_rows
@@ -53,9 +54,7 @@ class PerplexityConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty: expected at least one text file or folder")
-        for name in ("rows", "piece"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_positive(self, "rows", "piece")
         if self.max_tokens < 0:
             raise ValueError(f"max_tokens must not be negative, got {self.max_tokens}")
         if self.carry and self.rows != 1:

@@ -19,9 +19,8 @@ def written(
     paths: Sequence[str | Path],
     *,
     tokens: int = 2**20,
-    top: int = 20,
 ) -> tuple[Written, ...]:
     """What each memory wrote of the held-out books in `paths` (`prose_files`), at most so many
     tokens of them. ValueError for what cannot be read."""
     ring = prose(paths, tokenizer, held_out=True)
-    return writes(model, ring.tokens[None, :tokens], top=top)
+    return writes(model, ring.tokens[None, :tokens])
