@@ -37,14 +37,15 @@ from titans.evals.jobs import (
     run_jobs,
     runner_parser,
     split_diverged,
+    train_in_turn,
 )
 from titans.evals.report import markdown_table, origin, percent, readable, write_lines
 from titans.evals.written import written
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import choose_device, train
-from titans.train.metrics import read_metrics, training_seconds
+from titans.train.loop import choose_device
+from titans.train.metrics import training_seconds
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
@@ -130,12 +131,10 @@ def data_config(root: Path, tasks: tuple[int, ...], dense: float) -> DataConfig:
     )
 
 
-def train_config(steps: int, seed: int, start: str | None, **options: Any) -> TrainConfig:
+def train_config(steps: int, seed: int, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        initial_model=start,
         tokens_per_batch=4096,
-        write_cost=0.0,
         eval_every=100,
         eval_batches=2,
         checkpoint_every=50,
@@ -151,7 +150,7 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def binding(name: str, root: Path, start: str | None) -> RunConfig:
+def binding(name: str, root: Path) -> RunConfig:
     """The first run: task 1 alone on rows with little else, until where a person is gets bound to
     the person. All five tasks at once had learned nothing after 540 steps."""
     data = data_config(root, (1,), 1.0)
@@ -160,12 +159,12 @@ def binding(name: str, root: Path, start: str | None) -> RunConfig:
         # On rows of 192 from the first step MAC had not begun after 500, Gated DeltaNet not after
         # 300.
         data=replace(data, lengths=(64,), stages=(150, 300), stage_lengths=((64, 128), (128, 192))),
-        train=train_config(500, SEED, start),
+        train=train_config(500, SEED, write_cost=0.0),
         optimizer=OPTIMIZER,
     )
 
 
-def spreading(name: str, root: Path, start: str | None) -> RunConfig:
+def spreading(name: str, root: Path) -> RunConfig:
     """The second: all tasks, facts that are ever further apart, ends of facts about no one that is
     asked for, as novels have them, and a price on open gates, however far open
     (`train.write_half`), that closes those that can close."""
@@ -183,18 +182,15 @@ def spreading(name: str, root: Path, start: str | None) -> RunConfig:
     return RunConfig(
         model=model_config(name),
         data=data,
-        train=replace(
-            train_config(1900, SEED + 1, start, write_half=0.1),
-            write_cost=FIRST_COST.get(name, 0.0),
-        ),
+        train=train_config(1900, SEED + 1, write_cost=FIRST_COST.get(name, 0.0), write_half=0.1),
         optimizer=replace(OPTIMIZER, learning_rate=2e-3, min_ratio=0.05),
     )
 
 
-def sealing(name: str, root: Path, start: str | None) -> RunConfig:
+def sealing(name: str, root: Path) -> RunConfig:
     """The third: no more short rows, and the highest price. What is lost at great lengths is lost
     to what prose makes a memory write."""
-    config = spreading(name, root, start)
+    config = spreading(name, root)
     cost = SEALING_COST if name.startswith("Titans") else 0.0
     return replace(
         config,
@@ -208,21 +204,15 @@ def sealing(name: str, root: Path, start: str | None) -> RunConfig:
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
     """All trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
-    name, start, logged = job["model"], None, []
-    for make in (binding, spreading, sealing):
-        folder = runs / name.replace(" ", "-") / make.__name__
-        done = train(make(name, root, start), folder, progress=False)
-        if not done.finished:
-            raise KeyboardInterrupt
-        trained = done.checkpoint / "model.safetensors"
-        start = str(trained)
-        logged.append(read_metrics(folder / "metrics.jsonl"))
+    name = job["model"]
+    configs = {make.__name__: make(name, root) for make in (binding, spreading, sealing)}
+    trained, logged = train_in_turn(configs, runs / name.replace(" ", "-"))
     load(trained).save(weights(name))
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
         "answered": [r["valid_answer_recall"] for run in logged for r in run if "valid_loss" in r],
         "open": logged[-1][-1]["open"],
-        "first_rows": binding(name, root, None).data.lengths[0],
+        "first_rows": configs["binding"].data.lengths[0],
         "steps": sum(len(run) for run in logged),
         "train_minutes": sum(training_seconds(run, 4096) for run in logged) / 60,
     }

@@ -40,14 +40,15 @@ from titans.evals.jobs import (
     run_jobs,
     runner_parser,
     split_diverged,
+    train_in_turn,
 )
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, origin, percent, readable, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import choose_device, train
-from titans.train.metrics import read_metrics, training_seconds
+from titans.train.loop import choose_device
+from titans.train.metrics import training_seconds
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
@@ -240,7 +241,7 @@ def run_config(
 
 def fit(job: Row, runs: Path, root: Path) -> Row:
     """All trainings of one model, or what is left of them; its weights are kept in `WEIGHTS`."""
-    name, start, logged = job["model"], None, []
+    name = job["model"]
     data = DataConfig(
         task="needle",
         paths=(str(root / "books"), str(root / "text/wikitext-2/train.txt.gz")),
@@ -248,16 +249,12 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         text_weight=0.1,
         needle=NeedleRows(kinds=TRAINED, words=str(root / "needle"), dense=0.5),
     )
+    configs = {}
     for number, make in enumerate(RUNS):
         config = make(name, data)
-        again = replace(config.train, initial_model=start, seed=SEED + number)
-        folder = runs / name.replace(" ", "-") / make.__name__
-        done = train(replace(config, train=again), folder, progress=False)
-        if not done.finished:
-            raise KeyboardInterrupt
-        start = str(done.checkpoint / "model.safetensors")
-        logged.append(read_metrics(folder / "metrics.jsonl"))
-    load(start).save(weights(name))
+        configs[make.__name__] = replace(config, train=replace(config.train, seed=SEED + number))
+    trained, logged = train_in_turn(configs, runs / name.replace(" ", "-"))
+    load(trained).save(weights(name))
     return {
         "parameters": TitansLM(model_config(name)).parameter_count,
         "copied": [r["valid_token_recall"] for run in logged for r in run if "valid_loss" in r],

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from titans.config import TitansConfig, load_toml
+from titans.evals import jobs
 from titans.evals.jobs import (
     by_name,
     command,
@@ -21,7 +24,9 @@ from titans.evals.jobs import (
     run_jobs,
     runner_parser,
     split_diverged,
+    train_in_turn,
 )
+from titans.train.config import DataConfig, RunConfig, TrainConfig
 from titans.train.objective import NonFiniteError
 
 JOBS = [{"task": task, "seed": seed} for task in ("a", "b") for seed in (0, 1)]
@@ -201,3 +206,28 @@ def test_rows_are_not_continued_with_the_weights_of_another_training(tmp_path):
         kept(path, "LMM")
     path.touch()
     assert kept(path, "LMM") == path
+
+
+def test_runs_in_turn_go_on_from_the_weights_of_the_one_before(tmp_path, monkeypatch):
+    text, runs = tmp_path / "text.txt", tmp_path / "runs"
+    text.write_text("it was the best of times, it was the worst of times. " * 10)
+    configs = {
+        name: RunConfig(
+            model=TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=16),
+            data=DataConfig(paths=(str(text),), length=16),
+            train=TrainConfig(steps=2, tokens_per_batch=32, eval_every=0, seed=seed, threads=1),
+        )
+        for seed, name in enumerate(("one", "two"))
+    }
+    weights, logged = train_in_turn(configs, runs)
+    saved = "checkpoints/step-000002/model.safetensors"
+    assert weights == runs / "two" / saved
+    assert [len(run) for run in logged] == [2, 2]
+    second = load_toml(runs / "two/config.toml", RunConfig).train
+    assert (second.initial_model, second.seed) == (str(runs / "one" / saved), 1)
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    assert train_in_turn(configs, runs) == (weights, logged)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: SimpleNamespace(finished=False))
+    with pytest.raises(KeyboardInterrupt):
+        train_in_turn(configs, runs)

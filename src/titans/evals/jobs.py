@@ -9,15 +9,19 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import date
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from titans.evals.report import machine, write_json
+from titans.train.config import RunConfig
+from titans.train.loop import train
+from titans.train.metrics import read_metrics
 from titans.train.objective import NonFiniteError
 
 Job = dict[str, Any]
@@ -102,6 +106,26 @@ def kept(weights: Path, model: str) -> Path:
             "delete its rows from results.json to train it again"
         )
     return weights
+
+
+def train_in_turn(configs: Mapping[str, RunConfig], folder: Path) -> tuple[Path, list[list[Row]]]:
+    """Runs of one model, each from the weights of the one before, by the name of its folder; or
+    what is left of them. The last weights, and the metrics of each run.
+
+    KeyboardInterrupt where a signal stopped one: the same call goes on.
+    """
+    start: Path | None = None
+    logged = []
+    for name, config in configs.items():
+        options = replace(config.train, initial_model=None if start is None else str(start))
+        done = train(replace(config, train=options), folder / name, progress=False)
+        if not done.finished:
+            raise KeyboardInterrupt
+        start = done.checkpoint / "model.safetensors"
+        logged.append(read_metrics(folder / name / "metrics.jsonl"))
+    if start is None:
+        raise ValueError("expected at least one run")
+    return start, logged
 
 
 @contextmanager
