@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from titans.data.dna import BASES, UNKNOWN, Codes, read_fasta, reverse_complement
 from titans.data.documents import expand_paths
 from titans.data.tokenizers import tokenizer_of
-from titans.evals.perplexity import PositionLoss, Positions, read_rows
+from titans.evals.perplexity import PositionLoss, Positions, read_together
 from titans.models.lm import TitansLM
 
 CONTEXTS = (2**10, 2**12, 2**14, 2**16, 2**18, 2**20)
@@ -170,7 +170,7 @@ def bits_at(
     for start in range(0, len(windows), rows):
         group = windows[start : start + rows]
         tokens = [letters[window] for window in group]
-        for part in read_rows(model, tokens, piece=piece, write=config.write):
+        for part in read_together(model, tokens, piece=piece, write=config.write):
             span = slice(part.begin, part.begin + part.nll.shape[1])
             unknown = np.stack([group[i][span] == UNKNOWN for i in part.rows])
             nll = part.nll.masked_fill(torch.from_numpy(unknown).to(part.nll.device), float("nan"))

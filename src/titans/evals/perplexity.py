@@ -217,7 +217,7 @@ def read_group(
     of each are scored, their losses in nats, and the last part. `positions` gets them all."""
     losses = torch.zeros(len(group), dtype=torch.float64)
     counts = torch.zeros(len(group), dtype=torch.int64)
-    for part in read_rows(
+    for part in read_together(
         model,
         [document.tokens for document in group],
         piece=config.piece,
@@ -234,7 +234,7 @@ def read_group(
     return counts.tolist(), losses.tolist(), part
 
 
-def read_rows(
+def read_together(
     model: TitansLM,
     documents: Sequence[np.ndarray],
     *,

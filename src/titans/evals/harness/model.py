@@ -26,7 +26,7 @@ from titans.data.choices import Item, Option
 from titans.data.tokenizers import Tokenizer, encode, load_tokenizer, tokenizer_of
 from titans.evals.commonsense import EncodedOption, encode_item, likelihoods
 from titans.evals.harness.until import Until, continuations
-from titans.evals.perplexity import read_rows
+from titans.evals.perplexity import read_together
 from titans.generate import PIECE
 from titans.models.lm import TitansLM, load
 
@@ -103,7 +103,7 @@ class HarnessLM(LM):
                 for i in indices
             ]
             losses = torch.zeros(len(documents), dtype=torch.float64)
-            for part in read_rows(self.model, documents, piece=PIECE, write=self.write):
+            for part in read_together(self.model, documents, piece=PIECE, write=self.write):
                 losses[part.rows] += part.nll.double().nansum(1)  # NaN: the end of document
             for index, loss in zip(indices, losses.tolist(), strict=True):
                 found[index] = -loss
