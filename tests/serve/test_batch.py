@@ -10,7 +10,7 @@ from served import DEEP, LINEAR, build
 from titans.generate import stream
 from titans.inspect import watch
 from titans.serve.batch import phase, row, stack
-from titans.serve.engine import Engine
+from titans.serve.engine import Engine, Work
 from titans.serve.metrics import Metrics
 
 KINDS = [(v, m) for v in ("lmm", "mac", "mag", "mal") for m in (LINEAR, DEEP)]
@@ -106,6 +106,39 @@ def test_the_engine_gives_what_the_library_gives_and_batches() -> None:
                 got, expected = getattr(step.observation, name), getattr(own, name)
                 torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=name)
             assert_states_equal(step.state, own.state, 1e-10)
+
+
+def test_an_item_cancelled_while_it_is_taken_does_not_end_the_engine() -> None:
+    """The event loop cancels without the engine's lock."""
+
+    class Cancelled(asyncio.Future):
+        looks = 0
+
+        def cancelled(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    model, (text,) = build(), texts((8,))
+
+    async def run():
+        async with Running() as running:
+            state = model.init_state(1)
+            work = Work(
+                model=model,
+                tokens=text[None],
+                state=state,
+                logits=None,
+                observed=False,
+                write=True,
+                kind=(),
+                future=Cancelled(),
+            )
+            with running.engine.changed:
+                running.engine.queue.append(work)
+                running.engine.changed.notify()
+            return await asyncio.wait_for(running.engine.forward(model, text, state), 30)
+
+    assert asyncio.run(run()).state.position == 8
 
 
 def test_alone_it_is_the_library_bit_for_bit() -> None:

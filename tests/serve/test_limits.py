@@ -486,6 +486,35 @@ def test_files_of_the_last_commit_are_there_for_whoever_reads_them(tmp_path, mod
         assert len(seen) > 10
 
 
+def test_a_text_whose_reader_has_gone_is_not_read(tmp_path, model_file) -> None:
+    """Whoever got no answer can send it again: nothing was changed."""
+    app = application(tmp_path, model_file)
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            session = await app.state.store.create(None, None)
+            told = [
+                {"type": "http.request", "body": b"all of the text", "more_body": False},
+                {"type": "http.disconnect"},
+            ]
+            sent = []
+
+            async def receive():
+                return told.pop(0) if len(told) > 1 else told[0]
+
+            async def send(event):
+                sent.append(event)
+
+            scope = {"type": "http", "method": "POST", "path": f"/v1/sessions/{session.id}/read"}
+            scope |= {"headers": [(b"host", b"127.0.0.1:8321"), (b"content-type", b"text/plain")]}
+            scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http"}
+            await app(scope, receive, send)
+            return session.record
+
+    record = asyncio.run(run())
+    assert (record.tokens_read, record.logged) == (0, 0)
+
+
 def test_what_nobody_waits_for_is_not_computed(tmp_path, model_file) -> None:
     """The client goes while its answer is computed: that ends, and what others asked for not."""
     app = application(tmp_path, model_file)

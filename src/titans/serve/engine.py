@@ -125,14 +125,16 @@ class Engine:
         return await item.future
 
     def _run(self) -> None:
-        while items := self._take():
+        while (items := self._take()) is not None:
+            if not items:  # all were cancelled while they were looked at
+                continue
             begin = time.perf_counter()
             outcomes = self._compute(items)
             self.metrics.computed(items, time.perf_counter() - begin)
             self._deliver(items, outcomes)
 
-    def _take(self) -> list[Any]:
-        """The item that has waited longest, and all that can be computed with it."""
+    def _take(self) -> list[Any] | None:
+        """The item that has waited longest, and all that can be computed with it; None to stop."""
         with self.changed:
             while True:
                 while self.queue and self.queue[0].future.cancelled():
@@ -140,7 +142,7 @@ class Engine:
                 if self.stopping:
                     for item in self.queue:
                         self._settle(item, RuntimeError("the server is stopping"))
-                    return []
+                    return None
                 if self.queue:
                     break
                 self.changed.wait()

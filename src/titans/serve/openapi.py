@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from titans.serve.reading import PIECE as MOST_TOKENS_A_PIECE
 from titans.serve.settings import ServeSettings
 
 Schema = dict[str, Any]
@@ -245,7 +246,7 @@ PATHS: Schema = {
             content(json=READ, events=ref("Piece")),
             *(400, 404, 408, 409, 413, 415, 507),
             body=content(text=TEXT),
-            query={"piece": {"type": "integer", "minimum": 1}},
+            query={"piece": {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS_A_PIECE}},
         ),
     },
     "/v1/sessions/{id}/ask": {

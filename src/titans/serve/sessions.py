@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -144,7 +144,8 @@ def piece_query(request: Request) -> int | None:
     given = request.query_params.get("piece")
     if given is None:
         return None
-    if not (given.isascii() and given.isdigit()) or not 1 <= int(given[:9]) <= PIECE:
+    short = given.isascii() and given.isdigit() and len(given) <= len(str(PIECE))
+    if not short or not 1 <= int(given) <= PIECE:
         raise ValueError(f"piece must be an integer in 1..{PIECE}, got {given!r:.50}")
     return int(given)
 
@@ -157,6 +158,8 @@ async def read_at_once(request: Request, size: int) -> Response:
         async for tokens in pieces_of(store, reader, source, size):
             await reader.read(tokens)
         check_not_empty(reader)
+        if await request.is_disconnected():  # nobody will hear that it was read
+            raise ClientDisconnect
         count = reader.log.count
         await reader.commit()
         return JSON({**describe_session(reader.session), "read": count})
