@@ -181,6 +181,44 @@ def test_another_memory_opened_while_erasing(open_page, server):
     assert read[LONGEST] < read["other"] == read[fork]
 
 
+def test_erasing_where_there_are_many_notes(open_page, server):
+    """The server answers 32 questions; the nearest are asked."""
+    session = send(server, "v1/sessions", {"name": "notes"})
+    notes = [f"n{letter}{other}" for letter in "abcdef" for other in "abcdefgh"]
+    text = "".join(f"some words «{name}: {1000 + n}» " for n, name in enumerate(notes))
+    send(server, f"v1/sessions/{session['id']}/read", text)
+    page = open_page(server.url, view="#memories")
+    page.click(f"[data-id='{session['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#erase .suggestion")
+    page.click("#erase .suggestion >> nth=40")
+    page.click("#erase-button")
+    page.wait_for_selector("#erase-result")
+    assert page.locator("#failure").is_hidden()
+    asked = page.locator("#erase-result tbody th").all_inner_texts()
+    assert asked == [f"«{name}" for name in notes[16:]]
+
+
+def test_an_answer_of_another_memory_is_not_shown(open_page, server):
+    """It was asked of one, and another was opened meanwhile."""
+    session, other = (send(server, "v1/sessions", {"name": name}) for name in ("one", "other"))
+    text = server.texts()["left"]["text"]
+    for one in (session, other):
+        send(server, f"v1/sessions/{one['id']}/read", text)
+    page = open_page(server.url, view="#memories")
+    page.click(f"[data-id='{session['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#ask .suggestion")
+    held = hold(page, "**/compare-ask")
+    page.click("#ask .suggestion >> nth=0")
+    wait_for(page, held)
+    page.click("nav >> text=Memories")
+    page.click(f"[data-id='{other['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#chip-name:text-is('other')")
+    held[0].continue_()
+    page.wait_for_selector("#ask .suggestion")
+    page.wait_for_timeout(1500)
+    assert page.locator("#answers .answer").count() == 0
+
+
 def test_a_long_past_does_not_hold_up_the_page(open_page, server):
     """It is there at once, says what it does, and can be told to stop."""
     page = open_page(server.url)

@@ -22,6 +22,7 @@ export class Ask {
     for (const name of ["session", "session-changed", "busy"]) {
       studio.addEventListener(name, () => this.update());
     }
+    studio.addEventListener("session", () => this.current?.abort()); // it was about another memory
   }
 
   /** Offer what was noted in the text; say what is missing where nothing was read. */

@@ -3,6 +3,9 @@
 import { announce, byId, h, named, number, plural } from "./dom.js";
 import { api, studio } from "./studio.js";
 
+/** That are asked again; the server's limit. */
+const MOST_QUESTIONS = 32;
+
 export class ErasePanel {
   /** reload(id, from): where that memory is still open, show what it has read and the change. */
   constructor(pane, reload) {
@@ -125,7 +128,7 @@ export class ErasePanel {
     const instead = this.instead.value;
     const words = studio.log.slice(...range);
     const { session } = studio;
-    const questions = studio.log.facts().map((fact) => ({
+    const questions = nearest(studio.log.facts(), range).map((fact) => ({
       ...fact,
       prompt: ` «${fact.name}: `,
       edited: new RegExp(`«${fact.name}: (\\w+)»`).exec(instead)?.[1],
@@ -200,6 +203,20 @@ export class ErasePanel {
     this.anchor = null;
     if (!this.range() && studio.log.slice(...range) === words) this.pane.select(...range);
   }
+}
+
+/** The notes that are nearest to the passage, in the order of the text. */
+function nearest(facts, [start, stop]) {
+  const far = (fact) => {
+    const token = studio.log.tokenAt(fact.offset);
+    return Math.max(start - token, token - stop, 0);
+  };
+  return facts
+    .map((fact) => [far(fact), fact])
+    .sort(([a], [b]) => a - b)
+    .slice(0, MOST_QUESTIONS)
+    .map(([, fact]) => fact)
+    .sort((a, b) => a.offset - b.offset);
 }
 
 /** What changed: the weights, and the answers. */
