@@ -213,8 +213,8 @@ def test_an_answer_of_another_memory_is_not_shown(open_page, server):
     page.click("nav >> text=Memories")
     page.click(f"[data-id='{other['id']}'] >> button:text-is('Open')")
     page.wait_for_selector("#chip-name:text-is('other')")
-    held[0].continue_()
     page.wait_for_selector("#ask .suggestion")
+    held[0].continue_()
     page.wait_for_timeout(1500)
     assert page.locator("#answers .answer").count() == 0
 
