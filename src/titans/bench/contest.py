@@ -67,7 +67,8 @@ def contest(
     rows = []
     for c in contestants:
         if c.impl in failures:
-            rows.append(row(c.impl, settings=c.settings, note=failures[c.impl]))
+            told = {"length": c.length, "batch": c.batch, "settings": c.settings}
+            rows.append(row(c.impl, **told, note=failures[c.impl]))
             continue
         pair = (timings[f"{c.impl}|forward"], timings[f"{c.impl}|train"])
         rows.append(result_row(c, built[c.impl], *pair, gflops))
@@ -79,7 +80,10 @@ def contest(
         for c, line in zip(contestants, rows, strict=True):
             if line["tokens_per_s_train"] is not None:
                 here = built.get(c.impl)
-                line["peak_mb"] = peak_memory_mb(here.train, device) if here else peak_mb(c)
+                try:
+                    line["peak_mb"] = peak_memory_mb(here.train, device) if here else peak_mb(c)
+                except MeasuringError as error:
+                    line.setdefault("note", str(error))
     return gflops, rows
 
 
@@ -111,14 +115,21 @@ def result_row(
     return line
 
 
+class MeasuringError(RuntimeError):
+    """A process that measured memory has failed, or was ended for taking too much."""
+
+
 def peak_mb(contestant: Contestant) -> float:
-    """Peak memory of one training step above weights and inputs, in a fresh process."""
+    """Peak memory of one training step above weights and inputs, in a fresh process.
+
+    MeasuringError, of one line, where that fails.
+    """
     request = json.dumps(dataclasses.asdict(contestant))
     command = [sys.executable, "-m", "titans.bench.peak"]
     done = subprocess.run(command, input=request, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"measuring the memory of {contestant.impl} failed: {lines[-1]}")
+        raise MeasuringError(f"measuring the memory of {contestant.impl} failed: {lines[-1]}")
     return float(done.stdout.splitlines()[-1])
 
 
@@ -126,12 +137,16 @@ def shortened(contestant: Contestant) -> tuple[Contestant, str | None]:
     """The contestant at a length whose training step fits in memory, and why it is shorter.
 
     Judged by the peak at a short length, since memory grows with the length; the length is
-    halved as often as needed. On a GPU too large a step fails by itself, without harm.
+    halved as often as needed. On a GPU too large a step fails by itself, without harm. What cannot
+    be measured stays as it is: its contest says why.
     """
     probe = min(contestant.length, PROBE_TOKENS)
     if contestant.device.startswith("cuda") or probe == contestant.length:
         return contestant, None
-    per_token = peak_mb(replace(contestant, length=probe)) / probe
+    try:
+        per_token = peak_mb(replace(contestant, length=probe)) / probe
+    except MeasuringError:
+        return contestant, None
     length, room = contestant.length, MEMORY_MARGIN * available_memory_mb()
     while length > probe and per_token * length > room:
         length //= 2

@@ -19,6 +19,7 @@ from titans.bench.layer import describe
 from titans.bench.measure import MatrixPeak, Timing, check_device, interleave
 from titans.data.carrier import endless, files_text, python_text
 from titans.data.facts import DIGITS, STATEMENT_SIZE, Fact
+from titans.data.tokenizers import tokenizer_of
 from titans.demo import asset
 from titans.evals.facts import MARGIN, HiddenFacts, hide_facts
 from titans.generate import Sampling, generate
@@ -61,8 +62,12 @@ class MemoryBench:
 def bench_memory(
     bench: MemoryBench, watch: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Seconds per question of every way to ask, the reading itself, and how many were right."""
+    """Seconds per question of every way to ask, the reading itself, and how many were right.
+
+    ValueError for a model that does not read bytes, and a text too short for the facts.
+    """
     model = load(bench.model or asset("demo.safetensors"), bench.device)
+    tokenizer_of(model.config.vocab_size, None)  # the text is read as bytes
     name, haystack = hidden_facts(bench)
     size = haystack.tokens.shape[1]
     watch(f"reading {size:,} bytes of {name}")
@@ -135,8 +140,11 @@ def ways(
         ask = ["memory", "ask", name, str(path), fact.question.decode(), "--json"]
         how = [f"--max-tokens={DIGITS}", "--temperature=0"]
         done = subprocess.run(
-            [sys.executable, "-m", "titans.cli", *ask, *how], capture_output=True, check=True
+            [sys.executable, "-m", "titans.cli", *ask, *how], capture_output=True, text=True
         )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ValueError(f"titans memory ask failed: {lines[-1]}")
         return json.loads(done.stdout.splitlines()[-1])["answers"][0]["text"]
 
     return {
