@@ -66,8 +66,8 @@ def test_useful_flops_by_hand() -> None:
     with_momentum = errors + 2 * matrices + 2 * matrices + inside
     assert useful_flops(**one, momentum=True) == 2 * with_momentum
     assert useful_flops(**one, momentum=False) == 2 * (errors + 2 * matrices + inside)
-    many = useful_flops(tokens=10, heads=4, **sizes, momentum=True, backward=True)
-    assert many == 3 * 10 * 4 * 2 * with_momentum
+    many = useful_flops(tokens=10, heads=4, **sizes, momentum=True)
+    assert many == 10 * 4 * 2 * with_momentum
     # Linear, exact, d = 2, 3 tokens solved at once: k W, k S, and <k, k>, solve: one below each.
     linear = (2 * 2 + 2 * 2 + 1 * (2 + 2)) + 2 * 4 + 2 * 4 + 2 * (2 + 2)
     exact = {"key_dim": 2, "expansion": 3, "depth": 1, "chunk_size": 3, "exact": True}

@@ -306,8 +306,7 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
         with pytest.raises(SystemExit) as exit_:
             main(["convert", *map(str, arguments)])
         assert exit_.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        return lines[-1]
+        return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "no such file" in error(tmp_path / "none", tmp_path / "x")
     assert "holds no config.json" in error(tmp_path, tmp_path / "x")
@@ -323,6 +322,9 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "g" / "model.safetensors", metadata={"format": "pt"})
     assert "do not fit the config (model.norm.weight)" in error(tmp_path / "g", tmp_path / "x")
+    whole = (tmp_path / "g" / "model.safetensors").read_bytes()
+    (tmp_path / "g" / "model.safetensors").write_bytes(whole[:1000])
+    assert "not a readable model" in error(tmp_path / "g", tmp_path / "x")
 
 
 @pytest.mark.parametrize("version", [None, "4.57.6"])

@@ -17,13 +17,14 @@ from served import (
     message,
     read,
 )
+from starlette.routing import Route
 
 from titans.data.tokenizers import BPETokenizer
 from titans.generate import Sampling, generate, stream
 from titans.inspect import watch
 from titans.models.lm import load
+from titans.serve import ServeSettings, create_app, reading
 from titans.serve import folder as on_disk
-from titans.serve import reading
 from titans.state import ModelState, read_notes
 
 LONG = "The quick brown fox — «baku: 4821» — jumps over 13 lazy dogs. Ä" * 3
@@ -465,6 +466,15 @@ def test_kinds_of_bodies(c) -> None:
     for piece in ("0", "257", "-1", "x", "1" * 5000, "²", "000000001000000000"):
         answer = c.post(f"{url}/read", content=b"x", headers=TEXT, params={"piece": piece})
         assert "piece must be" in message(answer, 400)
+
+
+def test_attention_is_loaded_for_a_page_alone(tmp_path) -> None:
+    page = [Route("/page", lambda request: None)]
+    for routes, expected in (([], None), (page, "sliding")):
+        app = create_app(ServeSettings(folder=tmp_path), routes)
+        app.state.store.folder.close()
+        attention = app.state.attention
+        assert (attention and attention.config.variant) == expected
 
 
 def test_a_model_that_is_not_there(tmp_path, model_file) -> None:

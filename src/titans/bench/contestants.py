@@ -97,7 +97,6 @@ def op_steps(contestant: Contestant) -> Steps:
             momentum=eta if s["momentum"] else None,
             decay=alpha,
             chunk_size=chunk,
-            block_size=s.get("block_size", 64),
             impl=s.get("impl", "auto"),
             precision=s.get("precision", "float32"),
         ).output
@@ -108,7 +107,7 @@ def op_steps(contestant: Contestant) -> Steps:
         key_dim=size,
         expansion=s["expansion"],
         depth=depth,
-        chunk_size=s.get("block_size", 64) if exact else chunk,
+        chunk_size=MemoryConfig().block_size if exact else chunk,
         momentum=s["momentum"],
         exact=exact,
     )

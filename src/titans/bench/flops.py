@@ -17,7 +17,6 @@ def useful_flops(
     chunk_size: int,
     momentum: bool,
     exact: bool = False,
-    backward: bool = False,
 ) -> float:
     """Floating point operations of the rule's matrix products; two per multiply-add.
 
@@ -33,8 +32,8 @@ def useful_flops(
     also need k S (P more with momentum), <k_t, k_i> below the diagonal, and the triangular
     solve: (C-1)/2 (i + o).
 
-    backward: forward plus backward, which asks for twice the forward. Recomputation, masks,
-    activations and gates are not useful products. tokens counts every row of the batch.
+    The backward asks for twice as many again. Recomputation, masks, activations and gates are not
+    useful products. tokens counts every row of the batch.
     """
     shapes = MemoryNetwork(depth=depth, expansion=expansion).shapes(key_dim, key_dim)
     weights = sum(i * o for i, o in shapes)
@@ -44,7 +43,7 @@ def useful_flops(
     if exact:
         errors = streams * weights + (chunk_size - 1) / 2 * widths
     per_token = errors + 2 * streams * weights + (chunk_size + 1) / 2 * widths
-    return 2.0 * per_token * tokens * heads * (3 if backward else 1)
+    return 2.0 * per_token * tokens * heads
 
 
 def module_flops(module: nn.Module, tokens: int, length: int) -> float:

@@ -18,6 +18,7 @@ def add_studio(verbs: Any) -> None:
     parser.add_argument(
         "--open", action=argparse.BooleanOptionalAction, default=True, help="open a browser on it"
     )
+    parser.add_argument("--attention", type=Path, help="an attention-only model to compare with")
     add_settings(parser)
 
 
@@ -25,7 +26,6 @@ def add_settings(parser: Parser) -> None:
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=PATH", help="default: the demo's"
     )
-    parser.add_argument("--attention", type=Path, help="an attention-only model to compare with")
     parser.add_argument("--tokenizer", help="'bytes' (default) or a tokenizer.json")
     parser.add_argument("--folder", type=Path, help="where sessions are kept; titans-sessions")
     parser.add_argument("--host", help="address to listen on; 127.0.0.1")
@@ -73,11 +73,7 @@ def settings_of(options: argparse.Namespace) -> Any:
     from titans.serve import ServeSettings
 
     given = vars(options)
-    chosen = {
-        f.name: given[f.name]
-        for f in fields(ServeSettings)
-        if given.get(f.name) is not None and f.name not in ("models", "allow_hosts")
-    }
+    chosen = {f.name: given[f.name] for f in fields(ServeSettings) if given.get(f.name) is not None}
     return ServeSettings(
         models=named_models(options.model), allow_hosts=tuple(options.allow_host), **chosen
     )

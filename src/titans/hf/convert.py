@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer, tokenizer_of
 from titans.hf.model import TitansForCausalLM
 from titans.models.lm import TitansLM
@@ -43,7 +45,7 @@ def from_folder(folder: str | Path) -> TitansLM:
         loaded: Any = TitansForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a readable model ({str(error).splitlines()[0]})") from None
     wrapped, report = loaded
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])

@@ -36,7 +36,7 @@ def create_app(settings: ServeSettings, extra_routes: Sequence[BaseRoute] = ()) 
     paths = settings.models or {"demo": asset("demo.safetensors")}
     models = {name: load(path) for name, path in paths.items()}
     attention_path = settings.attention
-    if attention_path is None and not settings.models:
+    if attention_path is None and extra_routes and not settings.models:  # a page compares with it
         attention_path = asset("demo-attention.safetensors")
     attention = None if attention_path is None else load(attention_path)
     for name, model in [*models.items(), *([("attention", attention)] if attention else [])]:

@@ -150,7 +150,10 @@ class Folder:
     ) -> Record:
         """A new session. state, origin and tokens may be files to copy; of tokens, as many
         as the record says."""
-        with self._safely(record.id, record.state_bytes + record.logged * record.token_bytes):
+        size = record.state_bytes + record.logged * record.token_bytes
+        if origin is not None:
+            size += origin.stat().st_size
+        with self._safely(record.id, size):
             partial = self.path / f".new-{record.id}"
             try:
                 partial.mkdir()
