@@ -106,6 +106,7 @@ def test_overrides_go_through_the_fields_types(tmp_path) -> None:
         ("[memory]\ndecay_rank = 4", {}, "decay_rank must be at least 1 and needs decay"),
         ("= 3", {}, "not a readable TOML file"),
         ("", {"memry.depth": "2"}, "unknown section 'memry'; did you mean 'memory'"),
+        ("memory = 3", {"memory.depth": "2"}, "memory must be a table, got 3"),
         ("", {"memory.detph": "2"}, "unknown key 'memory.detph'; did you mean 'memory.depth'"),
         ("", {"dim": "big"}, "dim must be int, got 'big'"),
     ],

@@ -181,12 +181,14 @@ class MemoryConfig:
         if self.decay_first and not (
             self.linear
             and not self.own
+            and not self.per_layer_gates
             and (self.chunk_size, self.residual, self.objective) == (1, False, "l2")
             and (self.decay, self.decay_target, self.surprise_limit) == ("scalar", "zero", None)
         ):
             raise ValueError(
                 "memory.decay_first needs a linear memory (depth 1, no norm, no residual), "
-                "chunk_size 1, objective 'l2', decay 'scalar' towards 'zero' and no max_surprise"
+                "chunk_size 1, objective 'l2', decay 'scalar' towards 'zero', no max_surprise and "
+                "no per_layer_gates"
             )
         if self.gate_before_norm and not self.output_gate:
             raise ValueError("memory.gate_before_norm needs output_gate = true")
@@ -447,6 +449,8 @@ def set_dotted(content: dict[str, Any], cls: type, key: str, text: str) -> None:
             raise ValueError(unknown("section", ".".join(parents[: index + 1]), tables))
         cls = typing.cast(type, hints[name])
         content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"{'.'.join(parents[: index + 1])} must be a table, got {content!r}")
     hints = typing.get_type_hints(cls)
     if last not in hints:
         prefix = "".join(f"{p}." for p in parents)

@@ -99,7 +99,9 @@ def run_demo(
             if name == MEMORY_ON:
                 last = state
                 save_memory(out, state, haystack, model_path)
-    result = DemoResult(
+    plot_recall(distances, recall, out / "recall.png")
+    curve.plot(haystack, out / "surprise.png")
+    return DemoResult(
         distances=distances,
         streams=streams,
         recall=recall,
@@ -110,9 +112,6 @@ def run_demo(
         parameters={"memory": model.parameter_count, "attention": attention.parameter_count},
         out=str(out),
     )
-    plot_recall(result, out / "recall.png")
-    curve.plot(haystack, out / "surprise.png")
-    return result
 
 
 def distances_up_to(length: int) -> tuple[int, ...]:
@@ -161,7 +160,8 @@ def ask_in_fresh_process(out: Path) -> list[float]:
     command = [sys.executable, "-m", "titans.cli", "demo", f"--ask={out}", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"asking in a fresh process failed: {done.stderr.strip()}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise OSError(f"asking in a fresh process failed: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])["recall"]
 
 
@@ -203,18 +203,18 @@ class Curve:
         figure.savefig(path, dpi=120)
 
 
-def plot_recall(result: DemoResult, path: Path) -> None:
+def plot_recall(distances: tuple[int, ...], recall: dict[str, list[float]], path: Path) -> None:
     """Recall against distance, one line a reader."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     styles = {MEMORY_ON: ("#1f5fa8", "o"), MEMORY_OFF: ("#b4441a", "s"), ATTENTION: ("#555", "^")}
-    for name, values in result.recall.items():
+    for name, values in recall.items():
         colour, marker = styles[name]
-        axis.plot(result.distances, values, color=colour, marker=marker, label=name)
+        axis.plot(distances, values, color=colour, marker=marker, label=name)
     axis.set_xscale("log", base=4)
-    axis.set_xticks(result.distances, [readable(d) for d in result.distances])
+    axis.set_xticks(distances, [readable(d) for d in distances])
     axis.set_ylim(-0.04, 1.04)
     axis.set_xlabel("tokens read since the fact was stated")
     axis.set_ylabel("facts recalled")

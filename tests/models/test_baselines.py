@@ -438,6 +438,11 @@ def test_a_variant_means_its_rule(variant: str) -> None:
         ("gated-deltanet", {"gates": "sigmoid"}, "memory.gates is 'exponential'"),
         ("ttt-mlp", {"chunk_size": 8}, "memory.chunk_size is 16 in variant 'ttt-mlp', got 8"),
         ("lmm", {"decay_first": True}, "decay_first needs a linear memory"),
+        (
+            "lmm",
+            {"decay_first": True, "decay_target": "zero", "per_layer_gates": True},
+            "decay_first needs .* no per_layer_gates",
+        ),
         ("lmm", {"learn_initial": False, "depth": 2}, "learn_initial = false needs a linear"),
         ("lmm", {"gate_before_norm": True, "output_gate": False}, "needs output_gate"),
         ("lmm", {"decay": "channel", "decay_rank": 2, "gates": "step"}, "decay_rank needs a map"),

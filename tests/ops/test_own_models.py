@@ -14,7 +14,7 @@ from own_rules import GATED, MUON, atlas, miras
 import titans
 from titans import MemoryConfig, ModelState, NeuralMemory, TitansConfig, TitansLM
 from titans.config import build, load_toml, to_dict, to_toml
-from titans.inspect import explain, watch
+from titans.inspect import explain, probe, recall, watch
 from titans.ops import RuleState
 
 DEEP = {"depth": 2, "expansion": 2, "residual": True, "norm": True, "chunk_size": 4}
@@ -248,6 +248,18 @@ def test_looking_inside(without_shape_checks) -> None:
             step.weights[layer][:-1] - step.resting[layer]
         )
         torch.testing.assert_close(step.weights[layer][1:], kept + written)
+
+
+def test_a_recall_is_of_the_weights_that_the_retention_gives() -> None:
+    """Memora's are a softmax over each column of what it keeps (MIRAS)."""
+    model, tokens = lm("Memora"), some_tokens()
+    seen = probe(model, None, tokens, 3)
+    state = model(tokens)[1]
+    layer, held = model.blocks[0].mixer.memory, state.blocks[0].memory.rule.weights
+    keys = seen.keys[:, 0, :, None]
+    whole = [w + initial for w, initial in zip(held, layer.initial, strict=True)]
+    expected = layer.network.apply([w.softmax(-2) for w in whole], keys)[:, :, 0]
+    torch.testing.assert_close(recall(model, state, seen).returned[:, 0], expected)
 
 
 def test_the_documents_code_runs() -> None:

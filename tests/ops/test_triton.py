@@ -249,15 +249,15 @@ def test_float64_is_refused_on_a_gpu(monkeypatch):
 @needs_triton
 def test_without_a_gpu_or_the_interpreter_it_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match="needs tensors on a GPU, got cpu"):
+    with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
         check_available("cpu")
-    with pytest.raises(RuntimeError, match="needs tensors on a GPU, got cpu"):
+    with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
         run(small().to(torch.float32))
 
 
 def test_without_triton_it_raises(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"not installed: pip install titans\[triton\]"):
+    with pytest.raises(ImportError, match=r"not installed: pip install titans\[triton\]"):
         check_available("cuda")
 
 

@@ -307,8 +307,8 @@ def test_a_nan_is_never_saved(tiny, tmp_path, monkeypatch):
 
 
 def test_a_nan_in_a_gradient_names_where_it_began(tiny, tmp_path, monkeypatch):
-    def with_hook(config, device):
-        training = new_training(config, device)
+    def with_hook(*arguments, **named):
+        training = new_training(*arguments, **named)
         weight = training.model.get_parameter("blocks.0.ffn.down.weight")
         weight.register_hook(lambda gradient: gradient * float("nan"))
         return training
@@ -357,6 +357,10 @@ def test_mistakes_leave_no_folder(tiny, tmp_path):
         train(tiny(device="meta"), folder, progress=False)
     with pytest.raises(ValueError, match=r"no\.txt: no such file"):
         train(tiny(data={"paths": ("no.txt",)}), folder, progress=False)
+    config = tiny()
+    memory = replace(config.model.memory, impl="exact", depth=2)
+    with pytest.raises(ValueError, match="impl='exact' needs a linear memory"):
+        train(replace(config, model=replace(config.model, memory=memory)), folder, progress=False)
     assert not folder.exists()
 
 
@@ -392,6 +396,11 @@ def test_training_can_begin_with_the_weights_of_another_run(tiny, tmp_path):
     mine, yours = titans.load(second.checkpoint / "model.safetensors"), titans.load(given)
     for a, b in zip(mine.parameters(), yours.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    given.unlink()  # what goes on from a checkpoint needs it no more
+    assert train(config, tmp_path / "second", progress=False) == second
+    with pytest.raises(ValueError, match="no such file"):
+        train(config, tmp_path / "again", progress=False)
+    mine.save(given)
     other = replace(config, model=replace(config.model, window=9))
     with pytest.raises(ValueError, match="its config is not that of the run's model"):
         train(other, tmp_path / "third", progress=False)

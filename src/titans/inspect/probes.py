@@ -13,7 +13,6 @@ from titans.generate import stream
 from titans.inspect.weights import Memory, memories, memory_inputs
 from titans.layers.memory import mean_gate
 from titans.models.lm import TitansLM
-from titans.ops import read_memory
 from titans.state import ModelState
 
 
@@ -116,6 +115,4 @@ def recall_curve(
 
 def answer(memory: Memory, keys: Float[Tensor, "b h d"]) -> Float[Tensor, "b h d"]:
     """M(k) for one key a head."""
-    layer = memory.layer
-    weights = memory.state.rule.weights
-    return read_memory(keys[:, None], weights, layer.network, layer.anchor())[:, 0]
+    return memory.layer.read(keys[:, None], memory.state.rule.weights)[:, 0]

@@ -12,6 +12,7 @@ from titans.layers.memory import MemoryState, NeuralMemory, at_decayed_memory
 from titans.models.lm import TitansLM
 from titans.ops import RuleState, neural_memory
 from titans.ops.api import Gate
+from titans.ops.own import weights_of
 from titans.state import ModelState
 
 
@@ -165,7 +166,7 @@ def write(
     """One token, by the reference form."""
     config, network = layer.config, layer.network
     base = rule.weights if rule.offset == 0 or rule.base is None else rule.base
-    at = base if anchor is None else [a + w for a, w in zip(anchor, base, strict=True)]
+    at = weights_of(base, anchor)
     key, value = (part.transpose(1, 2).to(at[0].dtype) for part in (given.keys, given.values))
     inputs, errors = network.error_signals(at, key, value, layer.objective, config.surprise_limit)
     result = neural_memory(

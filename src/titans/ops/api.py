@@ -88,7 +88,7 @@ def neural_memory(
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit, naming what was expected.
-        RuntimeError: impl="triton" without triton or without a GPU.
+        ImportError: impl="triton" without triton.
     """
     check_settings(chunk_size, block_size, objective, max_surprise, precision)
     check_inputs(queries, keys, values)
@@ -186,8 +186,9 @@ def resolve_implementation(
     dtype: torch.dtype = torch.float32,
     traced: bool = False,
 ) -> str:
-    """What `impl` runs. An implementation that does not apply is refused, never replaced.
-    (Only while torch.compile traces is "native" the plain closed form, which it can compile.)
+    """What `impl` runs. An implementation that does not apply is refused, never replaced. (Only
+    while torch.compile traces is "native" the plain closed form, which it can compile; and where
+    torch.compile fails, "compile" runs the form it was to compile, with a warning.)
 
     "auto" is native where that applies and a C compiler is there, else exact where that applies,
     else chunked; the kernels of "triton" have to be asked for. What it is and why is logged once

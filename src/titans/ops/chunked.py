@@ -19,6 +19,7 @@ from torch import Tensor
 from titans.ops.coefficients import Coefficients, coefficients
 from titans.ops.fused import group_size, neural_memory_fused
 from titans.ops.networks import MemoryNetwork, Network, Objective
+from titans.ops.own import weights_of
 from titans.ops.rule import Gates, MemoryOutput, RuleState
 
 # (queries, keys, values, gates, weights, momentum, **settings) -> output, surprise, and both after.
@@ -121,7 +122,7 @@ def closed_form(
     for start, stop, coefficient in pieces:
         if offset == 0:
             base = W
-        at = base if anchor is None else [a + b for a, b in zip(anchor, base, strict=True)]
+        at = weights_of(base, anchor)
         k, v, q = (x[:, :, start:stop] for x in (keys, values, queries))
         if recent is not None:  # those before the chunk that its windows reach back to
             seen = recent.piece(start, stop + len(window) - 1)

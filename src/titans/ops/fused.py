@@ -35,6 +35,7 @@ from titans.ops.networks import (
     output_error,
     output_error_backward,
 )
+from titans.ops.own import weights_of
 from titans.ops.rule import Gates, GateSet
 
 GROUP = 64  # tokens read at once
@@ -414,13 +415,6 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).flatten(1).sum(1)
 
 
-def whole_weights(rules: Sequence[Rule], anchor: Sequence[Tensor] | None) -> list[Tensor]:
-    """M of every layer."""
-    if anchor is None:
-        return [r.weights for r in rules]
-    return [r.weights + a for r, a in zip(rules, anchor, strict=True)]
-
-
 def join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -442,7 +436,7 @@ def scan_group(
     start = rules
     chunks = zip(k.split(plan.chunk, 1), v.split(plan.chunk, 1), strict=True)
     for chunk, (keys, values) in enumerate(chunks):
-        errors = chunk_errors(plan, whole_weights(rules, anchor), keys, values)
+        errors = chunk_errors(plan, weights_of([r.weights for r in rules], anchor), keys, values)
         group.states.append(rules)
         group.errors.append(errors)
         rules = [
@@ -533,7 +527,7 @@ def scan_group_backward(
         targets = [[d.weights] for d in d_rules]
         if d_anchor is not None:
             targets = [[*t, a] for t, a in zip(targets, d_anchor, strict=True)]
-        at = whole_weights(rules, anchor)
+        at = weights_of([r.weights for r in rules], anchor)
         d_key, d_value = chunk_errors_backward(
             plan, at, values[chunk], errors, of_inputs, of_deltas, targets
         )

@@ -30,7 +30,13 @@ from torch.optim import Optimizer
 from titans.config import load_toml, to_toml
 from titans.models.lm import TitansLM
 from titans.models.lm import load as load_model
-from titans.state import ModelState, digest, read_safetensors, write_safetensors
+from titans.state import (
+    ModelState,
+    check_header,
+    digest,
+    read_safetensors,
+    write_safetensors,
+)
 from titans.train.config import RunConfig, first_difference
 from titans.train.optim import build_optimizers
 
@@ -168,8 +174,7 @@ def load_checkpoint(folder: Path, config: RunConfig, device: torch.device) -> Tr
         ],
     )
     tensors, metadata = read_safetensors(folder / OPTIMIZER)
-    if metadata.get("sha256") != digest(tensors, ""):
-        raise ValueError(f"{folder / OPTIMIZER}: damaged (its checksum does not match)")
+    check_header(folder / OPTIMIZER, tensors, metadata, "checkpoint", FORMAT_VERSION, "structure")
     restore_optimizers(training, tensors, folder / OPTIMIZER)
     return training
 

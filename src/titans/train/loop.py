@@ -26,6 +26,7 @@ from titans.state import ModelState
 from titans.train.batches import Data, open_data
 from titans.train.checkpoint import (
     Training,
+    checkpoints,
     is_sharded,
     load_checkpoint,
     open_run,
@@ -89,7 +90,8 @@ def train(
         # All that can be refused is tried before the run's folder is made.
         data = open_data(config)
         require_loggers(config.train.log)
-        training = new_training(config, device)
+        training = new_training(config, device, begun=bool(checkpoints(folder)))
+        check_forward(training.model, device)
         start = here.on_first(lambda: open_run(folder, config, resume))
         training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -139,12 +141,13 @@ def resume_training(
     return spread(training, config, here)
 
 
-def new_training(config: RunConfig, device: torch.device) -> Training:
-    """A fresh model, drawn on the CPU so that every device starts from the same weights."""
+def new_training(config: RunConfig, device: torch.device, begun: bool = False) -> Training:
+    """A fresh model, drawn on the CPU so that every device starts from the same weights. begun:
+    there are checkpoints, so that nothing depends on `initial_model` any more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = TitansLM(config.model)
-    if config.train.initial_model is not None:
+    if config.train.initial_model is not None and not begun:
         (path,) = expand_paths((config.train.initial_model,))
         given = load(path)
         if given.config.hash() != config.model.hash():
@@ -152,6 +155,14 @@ def new_training(config: RunConfig, device: torch.device) -> Training:
         model.load_state_dict(given.state_dict())
     model = model.to(device)
     return Training(model=model, optimizers=build_optimizers(model, config.optimizer))
+
+
+@torch.no_grad()
+def check_forward(model: TitansLM, device: torch.device) -> None:
+    """Read one token: what its memories' `impl` or an own rule cannot do is refused now. (Not with
+    "compile", which takes long.)"""
+    if model.config.memory.impl != "compile":
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def run_steps(
@@ -203,6 +214,7 @@ def take_step(
     own = Batch(*(column.to(device) for column in here.share(batch)))
     parts = split_rows(own, here.parts(len(batch.tokens), train.accumulate))
     past: list[ModelState] | list[None] = training.memories or [None] * len(parts)
+    goes_on = (training.step + 1) % config.data.segments > 0  # else the memories are let go
     loss, opened, memories = 0.0, 0.0, []
     read = partial(read_segment, model) if training.reader is None else training.reader
     for part, memory in zip(parts, past, strict=True):
@@ -215,14 +227,15 @@ def take_step(
             (here.loss_scale * (part_loss + write_cost * share * segment.charged)).backward()
         loss += part_loss.item()
         opened += share * segment.open.item()
-        memories.append(carry(segment.state))
+        if goes_on:
+            memories.append(carry(segment.state))
     loss, opened = here.total(loss, opened)
     sum_shares(model)
     norm = clip_gradient(step, model, train.clip)
     for optimizer in training.optimizers.values():
         optimizer.step()
     training.step = step
-    training.memories = memories if step % config.data.segments else []
+    training.memories = memories
     return {
         "step": step,
         "loss": loss,

@@ -2,7 +2,8 @@
 
 shards/                        weights and moments, by torch.distributed.checkpoint: every
                                process writes what it holds, as `model/name` and
-                               `optimizer/name/key`
+                               `optimizer/name/key`; PyTorch reads their index by unpickling it, so
+                               go on from shards of your own alone
 memory-000000-000004.safetensors   what these rows of the batch remember
 model.safetensors              the whole model once more, for `titans.load`
 training.json                  step, rows, the other files; the last to be written
@@ -11,6 +12,7 @@ training.json                  step, rows, the other files; the last to be writt
 import re
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -93,6 +95,11 @@ def load_sharded(folder: Path, training: Training, accumulate: int, here: Proces
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
+    damage = (
+        *(CheckpointException, OSError, EOFError, LookupError, RuntimeError, ValueError),
+        *(UnpicklingError, AttributeError, TypeError),  # of its index
+    )
+
     index = read_index(folder / INDEX)
     reader = dcp.FileSystemReader(folder / SHARDS)
     model = training.model
@@ -117,7 +124,7 @@ def load_sharded(folder: Path, training: Training, accumulate: int, here: Proces
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant
             dcp.load(whole, storage_reader=reader, planner=LoadPlanner(parts), no_dist=here.alone)
-    except (CheckpointException, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
+    except damage as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise ValueError(f"{folder / SHARDS}: cannot be read ({reason[0]})") from None
     moments = {key: value for key, value in tensors.items() if not key.startswith("model/")}

@@ -44,7 +44,7 @@ def neural_memory_triton(
     precision: of matrix products; sums are float32 always. None is "ieee" (true float32) for
         float32 inputs and "tf32" for shorter ones, whose numbers tf32 holds without loss.
 
-    Raises ValueError for settings without a kernel, RuntimeError without triton or a GPU.
+    Raises ValueError for settings without a kernel or without a GPU, ImportError without triton.
     """
     exact = network.linear and chunk_size == 1
     check_supported(
@@ -123,14 +123,14 @@ def check_supported(
 
 
 def check_available(device: torch.device | str) -> None:
-    """RuntimeError, in one line, where the kernels cannot run."""
+    """ImportError without triton, ValueError without a GPU, in one line."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
+        raise ImportError(
             "impl='triton' needs triton, which is not installed: pip install titans[triton]"
         )
     kind = torch.device(device).type
     if kind != "cuda" and not interpreter_is_on():
-        raise RuntimeError(
+        raise ValueError(
             f"impl='triton' needs tensors on a GPU, got {kind} "
             "(TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests)"
         )
