@@ -71,8 +71,8 @@ def test_stop_sequences_end_a_text_and_are_cut_off() -> None:
     first = next(i for i in range(11) if free[0][i : i + 2] == stop)
     cut = titans.generate(model, [[1, 2], [3, 4]], 12, sampling=Sampling(seed=0), stop=[stop])
     assert cut.tokens[0] == free[0][:first]
-    if not any(free[1][i : i + 2] == stop for i in range(11)):
-        assert cut.tokens[1] == free[1]
+    assert not any(free[1][i : i + 2] == stop for i in range(11))
+    assert cut.tokens[1] == free[1]
 
 
 def test_sampling_filters() -> None:

@@ -306,7 +306,7 @@ def pieces(
 
 def select_rows(state: ModelState, rows: list[int], batch_size: int) -> ModelState:
     """The states of some rows of a batch; a batch of one serves any number of rows."""
-    held = next(iter(state.tensors().values())).shape[0]
+    held = state.batch_size
     if held == 1:
         return state.map(lambda t: t.expand(len(rows), *t.shape[1:]))
     if held != batch_size:

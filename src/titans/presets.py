@@ -5,6 +5,8 @@ Names are `VARIANT-SIZE` for our own models (small enough for one CPU) and
 2501.00663v1) or `paper_neurips` (camera-ready). A number that a text does not give is marked
 "ours" below. Baselines (`titans.baselines`) have every size and no TEXT.
 
+The bound on a token's gradient (`max_surprise`) is ours in all of them: docs/stability.md.
+
 `matched` gives any config as another variant of the same number of parameters.
 """
 
@@ -74,7 +76,8 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
 
     The four Titans keep `config.memory`; a baseline of the rule takes its heads, its convolution,
     how its keys start and what its gates see from there, and all else of the memory from
-    `titans.baselines`.
+    `titans.baselines`. (One without a convolution of its own, linear-attention or lightning, has
+    none where the config's is `MemoryConfig`'s default, and else the config's.)
     ValueError if the mixers alone have too many parameters, or none comes near.
     """
     memory = config.memory
@@ -113,6 +116,7 @@ def paper_config(variant: Variant, size: str, text: str | None) -> TitansConfig:
         segment=512,  # NeurIPS; v1 gives none
         memory_token_stride=2 if text == "paper_neurips" else 1,
         persistent=128,  # NeurIPS; v1 gives none
+        combine_output=True,  # ours: the equations end with the product
         memory=paper_memory(text, dim, heads),
     )
     left = target - count_parameters(config) - layers * dim  # the feed-forward's norm

@@ -63,7 +63,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors. It does not depend on how much was read."""
+        """Bytes of all tensors. A memory's do not depend on how much was read, a cache's do."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def structure(self) -> Any:
@@ -132,6 +132,11 @@ class ModelState(State):
     blocks: tuple[State, ...]
     position: int
     config_hash: str
+
+    @property
+    def batch_size(self) -> int:
+        """Texts that were read side by side."""
+        return next(iter(self.tensors().values())).shape[0]
 
     @classmethod
     def init(cls, model: Any, batch_size: int = 1) -> "ModelState":

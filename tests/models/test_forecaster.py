@@ -143,8 +143,8 @@ def test_dlinear_against_its_formula() -> None:
 
 def test_bad_settings(without_shape_checks) -> None:
     for changes, message in [
-        ({"mixer": "mamba"}, "mixer must be 'memory' or 'attention', got 'mamba'"),
-        ({"head": "first"}, "head must be 'last' or 'all', got 'first'"),
+        ({"mixer": "mamba"}, "unknown mixer 'mamba'; known: memory, attention"),
+        ({"head": "first"}, "unknown head 'first'; known: last, all"),
         ({"patch": 25}, "patch .25. must fit the look-back .24."),
         ({"heads": 3}, "dim .8. must be a multiple of heads .3."),
         ({"dropout": 1.0}, "dropout must lie in"),

@@ -79,7 +79,7 @@ def bench_decode(
 
 
 def decode_row(impl: str, state: ModelState, seconds: float) -> Row:
-    batch = next(iter(state.tensors().values())).shape[0]
+    batch = state.batch_size
     return row(
         impl,
         tokens_per_s_forward=batch / seconds,
@@ -104,7 +104,7 @@ def read_tokens(model: TitansLM, length: int, batch: int) -> ModelState:
 
 def decoder(model: TitansLM, state: ModelState, tokens: int) -> Callable[[], Tensor]:
     """Decode some tokens one at a time, always from the same state."""
-    batch = next(iter(state.tensors().values())).shape[0]
+    batch = state.batch_size
     device = next(model.parameters()).device
     drawn = torch.randint(0, 256, (tokens, batch), generator=torch.Generator().manual_seed(1)).to(
         device

@@ -18,7 +18,6 @@ from titans.cli.reading import (
     read_prompt,
     read_texts,
     reading_line,
-    rows,
     run_read,
     sampling,
     save_memory,
@@ -84,8 +83,10 @@ def run_ask(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     tokenizer = open_tokenizer(options.tokenizer, model)
     state = open_memory(options.memory, model, tokenizer)
-    if rows(state) != 1:
-        raise ValueError(f"{options.memory}: holds {rows(state)} texts side by side, expected one")
+    if state.batch_size != 1:
+        raise ValueError(
+            f"{options.memory}: holds {state.batch_size} texts side by side, expected one"
+        )
     prompts = [read_prompt(prompt) for prompt in options.prompts]
     result = generate(
         model,
@@ -122,7 +123,7 @@ def run_info(options: argparse.Namespace) -> None:
         "tokenizer": read_notes(options.memory).get("tokenizer"),
         "tokens_read": state.position,
         "state_bytes": state.nbytes,
-        "texts": rows(state),
+        "texts": state.batch_size,
         "memories": [
             {
                 "block": block,
@@ -251,7 +252,7 @@ def run_writes(options: argparse.Namespace) -> None:
 def matching_model(name: str, state: "ModelState") -> "TitansLM":
     """The model, if the memory is one of its."""
     model = open_model(name)
-    model.check_state(state, rows(state))
+    model.check_state(state, state.batch_size)
     return model
 
 
@@ -279,11 +280,11 @@ def table(state: "ModelState", columns: dict[str, Any]) -> "Table":
 
     from titans.inspect.weights import memory_states
 
-    several = rows(state) > 1
+    several = state.batch_size > 1
     view = Table(*(["text"] if several else []), "memory", "block", "head")
     for name in columns:
         view.add_column(name, justify="right")
-    for text in range(rows(state)):
+    for text in range(state.batch_size):
         for memory, (block, held) in enumerate(memory_states(state)):
             for head in range(held.rule.weights[0].shape[1]):
                 place = [text] if several else []

@@ -73,19 +73,12 @@ def open_memory(path: Path, model: "TitansLM", tokenizer: "Tokenizer") -> "Model
     from titans.state import ModelState, read_notes
 
     state = ModelState.load(path)
-    model.check_state(state, rows(state))
+    model.check_state(state, state.batch_size)
     given = tokenizer_identity(tokenizer)
     noted = read_notes(path).get("tokenizer", given)
     if noted != given:
         raise ValueError(f"{path}: was read with the tokenizer {noted}, this one is {given}")
     return state
-
-
-def rows(state: "ModelState") -> int:
-    """Texts that were read side by side."""
-    from titans.inspect.weights import batch_size
-
-    return batch_size(state)
 
 
 def save_memory(state: "ModelState", path: Path, tokenizer: "Tokenizer") -> None:

@@ -41,7 +41,7 @@ class MemoryLayer(CacheLayerMixin):
         self.parts: tuple[Part, ...] = ()
         self.seen = 0
         if state is not None:
-            self.parts = (Part(tuple(range(rows_of(state))), state),)
+            self.parts = (Part(tuple(range(state.batch_size)), state),)
 
     def __deepcopy__(self, copied: dict[int, Any]) -> "MemoryLayer":
         """Another layer with the same states: `copy.deepcopy(cache)` keeps a prompt for later."""
@@ -144,7 +144,3 @@ class TitansCache(Cache):
     def detach(self) -> None:
         """Cut the memories off from the graph that wrote them: truncated back-propagation."""
         self.memory.parts = tuple(Part(p.rows, p.state.detach()) for p in self.memory.parts)
-
-
-def rows_of(state: ModelState) -> int:
-    return next(iter(state.tensors().values())).shape[0]

@@ -26,7 +26,7 @@ def memories(model: TitansLM, state: ModelState) -> list[Memory]:
 
     Raises ValueError for a state of another model.
     """
-    model.check_state(state, batch_size(state))
+    model.check_state(state, state.batch_size)
     pairs = zip(memory_layers(model), memory_states(state), strict=True)
     return [Memory(block, layer, held) for (block, layer), (_, held) in pairs]
 
@@ -43,11 +43,6 @@ def memory_states(state: ModelState) -> list[tuple[int, MemoryState]]:
     return [(index, memory) for index, memory in held if isinstance(memory, MemoryState)]
 
 
-def batch_size(state: ModelState) -> int:
-    """Texts that the state has read side by side."""
-    return next(iter(state.tensors().values())).shape[0]
-
-
 @torch.no_grad()
 def moved(model: TitansLM, state: ModelState) -> Float[Tensor, "b memories heads"]:
     """|M_t - M_0|, the Frobenius norm over all weights of a head's memory network.
@@ -62,7 +57,7 @@ def moved(model: TitansLM, state: ModelState) -> Float[Tensor, "b memories heads
 def distance(model: TitansLM, a: ModelState, b: ModelState) -> Float[Tensor, "b memories heads"]:
     """|M_a - M_b| per memory and head, likewise; of two states of one model and batch size."""
     for state in (a, b):
-        model.check_state(state, batch_size(state))
+        model.check_state(state, state.batch_size)
     return weights_apart(a, b)
 
 
@@ -75,9 +70,9 @@ def weights_apart(a: ModelState, b: ModelState) -> Float[Tensor, "b memories hea
         raise ValueError(
             f"the memories belong to different models (configs {a.config_hash}, {b.config_hash})"
         )
-    if batch_size(a) != batch_size(b):
+    if a.batch_size != b.batch_size:
         raise ValueError(
-            f"the states are for batches of {batch_size(a)} and {batch_size(b)}, expected one size"
+            f"the states are for batches of {a.batch_size} and {b.batch_size}, expected one size"
         )
     pairs = zip(memory_states(a), memory_states(b), strict=True)
     apart = [
@@ -115,7 +110,7 @@ def norms(
         for matrices in parts
     ]
     if not found:
-        return next(iter(state.tensors().values())).new_zeros(batch_size(state), 0, 0)
+        return next(iter(state.tensors().values())).new_zeros(state.batch_size, 0, 0)
     return torch.stack(found, 1)
 
 

@@ -7,7 +7,7 @@ memory begins each window at its learned M_0: nothing is carried from window to 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from titans.config import MemoryConfig
+from titans.config import MemoryConfig, check_fields, require_positive
 from titans.layers.feedforward import SwiGLU
 from titans.layers.memory import NeuralMemory
 
@@ -47,13 +47,10 @@ class ForecasterConfig:
     """Without a convolution: a patch is already local, and it costs half of a training step."""
 
     def __post_init__(self) -> None:
-        if self.mixer not in get_args(Mixer):
-            raise ValueError(f"mixer must be 'memory' or 'attention', got {self.mixer!r}")
-        if self.head not in get_args(Head):
-            raise ValueError(f"head must be 'last' or 'all', got {self.head!r}")
-        for name in ("lookback", "horizon", "patch", "dim", "layers", "heads", "ffn_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
+        require_positive(
+            self, "lookback", "horizon", "patch", "dim", "layers", "heads", "ffn_hidden"
+        )
         if self.patch > self.lookback:
             raise ValueError(f"patch ({self.patch}) must fit the look-back ({self.lookback})")
         if self.dim % self.heads:

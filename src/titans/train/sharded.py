@@ -157,7 +157,7 @@ def load_rows(folder: Path, begin: int, end: int, device: torch.device) -> Model
 
 def own_memory(whole: ModelState, accumulate: int, here: Processes) -> list[ModelState]:
     """This process's part of what all rows remember."""
-    rows = row_count(whole)
+    rows = whole.batch_size
     own = cut_rows(whole, *here.rows(rows))
     own = own if here.team is None else own_state(own, here.team)
     return split_memory(own, here.parts(rows, accumulate))
@@ -165,13 +165,9 @@ def own_memory(whole: ModelState, accumulate: int, here: Processes) -> list[Mode
 
 def split_memory(memory: ModelState, parts: int) -> list[ModelState]:
     """As `split_rows` splits the batch."""
-    rows = row_count(memory)
+    rows = memory.batch_size
     bounds = [part.tolist() for part in torch.arange(rows).tensor_split(min(parts, rows))]
     return [cut_rows(memory, part[0], part[-1] + 1) for part in bounds]
-
-
-def row_count(memory: ModelState) -> int:
-    return len(next(iter(memory.tensors().values())))
 
 
 def join_rows(states: list[ModelState]) -> ModelState:

@@ -11,7 +11,7 @@
 
 enum { MAX_DEPTH = 8 };
 
-/* Mirrored by `Call` in __init__.py. Strides (batch, head, time) are in numbers; results without
+/* Mirrored by `Call` in scan.py. Strides (batch, head, time) are in numbers; results without
  * strides are contiguous: (B, T, H, D), (B, T, H) or (N, in, out) with N = B x H. */
 typedef struct {
     int64_t batch, heads, length, chunk, group, segment, depth;
@@ -732,7 +732,7 @@ static void save_state(const Work *w, REAL *state, REAL *const *weights, REAL *c
 /* Does this processor multiply in bf16? */
 int has_bf16(void) { return HAS_BF16; }
 
-/* For the check that __init__.py describes a Call as it is here. */
+/* For the check that scan.py describes a Call as it is here. */
 int64_t call_size(void) { return sizeof(Call); }
 
 static int64_t segments(const Call *c) { return (c->length + c->segment - 1) / c->segment; }
