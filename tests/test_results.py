@@ -1,4 +1,4 @@
-"""Every table that is committed is what its program makes of the committed measurements."""
+"""The text of every committed page is what its program makes of the committed measurements."""
 
 import runpy
 import shutil

@@ -34,6 +34,7 @@ from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
 from titans.train.objective import descend
 
 HERE = Path(__file__).parent
+BASE = "Llama"
 PAIRS, WINDOW, POSITIONS, TOKENS = 4, 64, 128, 4096
 BASE_STEPS, BASE_RATE = 1800, 3e-3
 STEPS, RATE, WRITE_COST = 600, 3e-3, 0.02
@@ -90,6 +91,11 @@ def repeats(step: int, seed: int, length: int) -> PairBatch:
     tokens[row, again] = tokens[row, once]
     labels[row, again[:, :-1]] = tokens[row, again[:, 1:]]
     return PairBatch(tokens, labels)
+
+
+def base_of(seed: int) -> dict[str, Any]:
+    """The job that trains it."""
+    return {"stage": "base", "model": BASE, "seed": seed}
 
 
 def train_base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
@@ -215,7 +221,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         if own:
             size = (f"{own['parameters']:,}", f"{own['bytes']:,}", f"{own['minutes']:.1f}")
         table.append((name, *cells, f"{longest['state_bytes']:,}", *size))
-    base = next(r for r in rows if r["stage"] == "base")
+    base = next(r for r in rows if r["stage"] == "base")  # adapters and questions have one
     counts = (next(r["asked"] for r in asked if r["length"] == n) for n in lengths)
     seeds = ", ".join(map(str, sorted({r["seed"] for r in asked})))
     lines = [
@@ -256,13 +262,14 @@ def main() -> None:
     rows = read_rows(path)
     if not options.table_only:
         for stage, function, names in (
-            ("base", train_base, ["Llama"]),
+            ("base", train_base, [BASE]),
             ("train", train_adapter, [m for m in options.model if m in ADAPTED]),
         ):
             jobs = [
                 {"stage": stage, "model": name, "seed": seed}
                 for seed in options.seeds
                 for name in names
+                if not diverged(rows, base_of(seed))
             ]
             rows = run_jobs(path, jobs, partial(function, runs=runs), workers=options.workers)
         jobs = [
@@ -272,6 +279,7 @@ def main() -> None:
             for name in options.model
             # Attention over the whole row costs its square, and is lost beyond its positions.
             if MODELS[name] is not None or length <= 4096
+            if not diverged(rows, base_of(seed))
             if not diverged(rows, {"stage": "train", "model": name, "seed": seed})
         ]
         rows = run_jobs(path, jobs, partial(measure, runs=runs), workers=options.workers)

@@ -57,9 +57,9 @@ SEED = 0
 STRAY = 8.0  # ends of facts, said of others, in 1,000 tokens of a row
 ECHO = 5.0  # sentences of books with a word of the facts, likewise
 GARBLE = 0.1  # of the prose's tokens are others
-# Of the second run's first part, in which others pay nothing. At no price MAC's gates were a third
-# open, and gradients went round its loop (what is recalled is attended to, and written) until they
-# were no numbers, at step 1,508; norms had been above 1,000 from step 450 on.
+# Of the second run's first part, in which others pay nothing. At no price MAC's gradients went
+# round its loop (what is recalled is attended to, and written) until they were no numbers, at step
+# 1,508; most norms had been above 1,000 from step 469 on (docs/stability.md).
 FIRST_COST = {"Titans MAC": 0.02}
 SEALING_COST = 20.0  # at 2.0 the writes of a million tokens of novels summed to four times as much
 

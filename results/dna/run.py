@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from titans.config import MemoryConfig, TitansConfig
-from titans.data.dna import Codes, decode_bases, read_fasta
+from titans.data.dna import decode_bases, read_fasta
 from titans.evals.dna import CNN, DNAConfig, load_task, train_and_test
 from titans.evals.genome import (
     ContextBits,
@@ -159,15 +159,16 @@ def held_out(path: Path) -> GenomeConfig:
 
 def write_texts(settings: GenomeConfig, folder: Path) -> Path:
     """The training and validation parts as letters, for the training loop; made once."""
+    names = ("train", "valid")
+    if all((folder / f"{name}.txt").exists() for name in names):
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     parts = split_genome(settings)
-    named: dict[str, Codes] = {"train": parts.train, "valid": parts.valid}
-    for name, codes in named.items():
-        path = folder / f"{name}.txt"
-        if not path.exists():  # renamed when it is whole: another process may make it too
-            beside = path.with_name(f"{path.name}.{os.getpid()}")
-            beside.write_text(decode_bases(codes), encoding="ascii")
-            beside.replace(path)
+    for name, codes in zip(names, (parts.train, parts.valid), strict=True):
+        # Renamed when it is whole: another process may make it too.
+        beside = folder / f"{name}.{os.getpid()}"
+        beside.write_text(decode_bases(codes), encoding="ascii")
+        beside.replace(folder / f"{name}.txt")
     return folder
 
 

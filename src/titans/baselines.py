@@ -132,6 +132,6 @@ BASELINES: dict[str, Baseline] = {
 
 
 def has_convolution(variant: str) -> bool:
-    """Do its queries, keys and values pass a convolution, unless told otherwise? (Of those that
-    have no memory of ours nobody asks.)"""
+    """Do its queries, keys and values pass a convolution, unless told otherwise? True, without
+    meaning, for those that have no memory of ours."""
     return variant not in BASELINES or BASELINES[variant].starts.get("conv_width") != 0

@@ -76,8 +76,8 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
 
     The four Titans keep `config.memory`; a baseline of the rule takes its heads, its convolution,
     how its keys start and what its gates see from there, and all else of the memory from
-    `titans.baselines`. (One without a convolution of its own, linear-attention or lightning, has
-    none where the config's is `MemoryConfig`'s default, and else the config's.)
+    `titans.baselines`; linear-attention and lightning have no convolution unless `conv_width` of
+    `config.memory` is other than the default.
     ValueError if the mixers alone have too many parameters, or none comes near.
     """
     memory = config.memory

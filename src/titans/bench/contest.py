@@ -83,7 +83,7 @@ def contest(
                 try:
                     line["peak_mb"] = peak_memory_mb(here.train, device) if here else peak_mb(c)
                 except MeasuringError as error:
-                    line.setdefault("note", str(error))
+                    line["note"] = "; ".join(filter(None, (line.get("note"), str(error))))
     return gflops, rows
 
 

@@ -159,7 +159,8 @@ def bench_layer(bench: LayerBench) -> dict[str, Any]:
         contestants, repeats=bench.repeats, limit_s=bench.limit_s, memory=bench.memory
     )
     if reason is not None:
-        next(line for line in rows if line["impl"] == per_token.impl).setdefault("note", reason)
+        line = next(line for line in rows if line["impl"] == per_token.impl)
+        line["note"] = "; ".join(filter(None, (reason, line.get("note"))))
     return describe("layer", bench, peak, rows)
 
 

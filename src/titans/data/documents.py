@@ -41,7 +41,7 @@ class Document(NamedTuple):
     text: str
 
 
-def expand_paths(paths: Iterable[str]) -> list[Path]:
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Of a setting, `$NAME` and `~` replaced; ValueError naming a variable that is not set."""
 
     def value(match: re.Match[str]) -> str:
@@ -51,7 +51,7 @@ def expand_paths(paths: Iterable[str]) -> list[Path]:
         return os.environ[name]
 
     pattern = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-    return [Path(pattern.sub(value, path)).expanduser() for path in paths]
+    return [Path(pattern.sub(value, os.fspath(path))).expanduser() for path in paths]
 
 
 def read_documents(

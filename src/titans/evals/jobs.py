@@ -54,7 +54,7 @@ def command(main: Callable[[], None]) -> None:
     """Run a runner's `main`: bad input is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -15,7 +15,8 @@ class ServeSettings:
     models: dict[str, Path] = field(default_factory=dict)
     """Name to model file; empty serves the packaged demo as `demo`."""
     attention: Path | None = None
-    """The attention-only model that answers are compared with; the packaged one beside the demo."""
+    """The attention-only model that the page's answers are compared with; beside the demo the
+    packaged one."""
     tokenizer: str = "bytes"
     """'bytes' or the path of a tokenizer.json; of all models."""
     folder: Path = Path("titans-sessions")

@@ -36,6 +36,7 @@ from titans.train.config import RunConfig, write_cost_at
 from titans.train.evaluate import evaluate
 from titans.train.metrics import Logger, MetricsFile, Row, open_loggers, require_loggers
 from titans.train.objective import (
+    autocast,
     check_gradient,
     check_metrics,
     check_parameters,
@@ -91,7 +92,7 @@ def train(
         data = open_data(config)
         require_loggers(config.train.log)
         training = new_training(config, device, begun=bool(checkpoints(folder)))
-        check_forward(training.model, device)
+        check_forward(training.model, config)
         start = here.on_first(lambda: open_run(folder, config, resume))
         training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -158,11 +159,13 @@ def new_training(config: RunConfig, device: torch.device, begun: bool = False) -
 
 
 @torch.no_grad()
-def check_forward(model: TitansLM, device: torch.device) -> None:
-    """Read one token: what its memories' `impl` or an own rule cannot do is refused now. (Not with
-    "compile", which takes long.)"""
-    if model.config.memory.impl != "compile":
-        model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+def check_forward(model: TitansLM, config: RunConfig) -> None:
+    """Read one token: what its memories' `impl` or an own rule cannot read is refused now. (Not
+    with "compile", which takes long.)"""
+    if config.model.memory.impl != "compile":
+        device = next(model.parameters()).device
+        with autocast(config.train.precision, device.type):
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def run_steps(

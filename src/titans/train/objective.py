@@ -41,7 +41,7 @@ def read_segment(
 ) -> Segment:
     """Read a batch, going on from `memory` or, without one, from the model's learned start."""
     device = batch.tokens.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=runs_bf16(precision, device)):
+    with autocast(precision, device):
         read = model.losses(batch.tokens, batch.labels, memory)
     records = [record for record in read.records if record is not None]
     none = read.nll.new_zeros(())
@@ -64,6 +64,11 @@ def charge(gate: Tensor, half: float) -> Tensor:
     weakly; the second on weak writes most, and leaves the strong ones alone.
     """
     return gate / (gate + half) if half else gate
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """Within it a model computes as `train.precision` says."""
+    return torch.autocast(device, torch.bfloat16, enabled=runs_bf16(precision, device))
 
 
 def runs_bf16(precision: str, device: str) -> bool:
