@@ -271,6 +271,14 @@ def write_page(rows: list[Row]) -> None:
     longer = [r["model"] for r in trained if "first_rows" not in r]
     if longer:
         lines[-1:] = [f"The first run of {', '.join(longer)} had rows of 192 tokens alone.", ""]
+    priced = [r["model"] for r in trained if r["model"] in FIRST_COST]
+    if priced:
+        told = f"{', '.join(priced)} paid for open gates from the second run's first step, without"
+        lines[-1:] = [
+            told,
+            "which its training had diverged; the other Titans from step 1,300.",
+            "",
+        ]
     for name in MODELS:
         table = []
         for task in TASKS:
