@@ -21,6 +21,7 @@ from titans.bench.model import ModelBench
 from titans.bench.rivals import match_size, transformer
 from titans.cli import main
 from titans.config import TitansConfig
+from titans.fresh import FreshProcessError
 from titans.models.lm import TitansLM
 
 FIELDS = ("impl", "tokens_per_s_forward", "tokens_per_s_train", "peak_mb", "fraction_of_peak")
@@ -237,7 +238,7 @@ def test_a_rival_that_is_not_installed_says_so_and_the_rest_goes_on(capsys, monk
 
 def test_a_memory_that_cannot_be_measured_loses_no_speed(monkeypatch) -> None:
     def fail(contestant):
-        raise contest.MeasuringError("ended")
+        raise FreshProcessError("ended")
 
     monkeypatch.setattr(contest, "peak_mb", fail)
     monkeypatch.setattr(contest, "available_memory_mb", lambda: 1.0)
@@ -245,7 +246,7 @@ def test_a_memory_that_cannot_be_measured_loses_no_speed(monkeypatch) -> None:
     assert contest.shortened(at) == (at, None)
     _, (line,) = contest.contest([at], repeats=1)
     assert line["tokens_per_s_train"] > 0
-    assert (line["peak_mb"], line["note"]) == (None, "ended")
+    assert (line["peak_mb"], line["note"]) == (None, "its memory could not be measured: ended")
 
 
 def test_bench_model(capsys) -> None:

@@ -11,6 +11,7 @@ import pytest
 from titans import ModelState, demo
 from titans.cli import main
 from titans.data.facts import STATEMENT_SIZE
+from titans.fresh import FreshProcessError
 
 SHORT = 4096
 
@@ -49,6 +50,17 @@ def test_the_plots_are_pictures(result) -> None:
         content = (Path(result.out) / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 5_000
+
+
+def test_what_was_read_is_shown_though_the_fresh_process_fails(tmp_path, monkeypatch) -> None:
+    def fail(*arguments: str) -> str:
+        raise FreshProcessError("ended")
+
+    monkeypatch.setattr(demo, "in_fresh_process", fail)
+    with pytest.raises(FreshProcessError, match="ended"):
+        demo.run_demo(length=1024, out=tmp_path, streams=1)
+    assert (tmp_path / "recall.png").exists()
+    assert (tmp_path / "surprise.png").exists()
 
 
 def test_the_command_prints_a_table_and_json(tmp_path, capsys) -> None:

@@ -28,7 +28,7 @@ from titans.evals.jobs import (
     runner_parser,
     split_diverged,
 )
-from titans.evals.report import markdown_table, write_lines
+from titans.evals.report import markdown_table, origin, write_lines
 
 HERE = Path(__file__).parent
 HORIZONS = (96, 192, 336, 720)
@@ -87,16 +87,14 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     names = sorted({r["data"] for r in rows}, key=lambda n: ([*SERIES, n].index(n), n))
-    machines = sorted({r["machine"] for r in rows})
     minutes = sum(r["train_seconds"] + r["test_seconds"] for r in rows) / 60
     threads = "/".join(str(n) for n in sorted({r["threads"] for r in rows}))
-    days = sorted({r["date"] for r in rows})
     lookbacks = ", ".join(f"{name} {settings_of(name)['lookback']}" for name in names)
     lines = [
         "# Long-term forecasting",
         "",
         "By `TITANS_DATA_DIR=... python results/forecast/run.py`; "
-        f"{'; '.join(machines)}; {threads} thread(s) a run; {', '.join(days)}; "
+        f"{origin(rows, f'{threads} thread(s) a run')}; "
         f"{minutes:.0f} minutes of runs in all. Rows: [results.json](results.json).",
         "",
         "MSE and MAE of the test part, over every window, channel and step (no last batch is",

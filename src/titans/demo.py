@@ -6,8 +6,6 @@ an attention-only model of the same size trained on the same batches. Both check
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Fact
 from titans.evals.facts import HiddenFacts, ask, hide_facts, read
 from titans.evals.report import readable
+from titans.fresh import in_fresh_process
 from titans.generate import Reading
 from titans.models.lm import load
 from titans.state import ModelState
@@ -157,12 +156,7 @@ def ask_saved(out: Path) -> list[float]:
 
 
 def ask_in_fresh_process(out: Path) -> list[float]:
-    command = [sys.executable, "-m", "titans.cli", "demo", f"--ask={out}", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise OSError(f"asking in a fresh process failed: {lines[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])["recall"]
+    return json.loads(in_fresh_process("titans.cli", "demo", f"--ask={out}", "--json"))["recall"]
 
 
 class Curve:

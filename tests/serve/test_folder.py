@@ -209,6 +209,19 @@ def test_a_log_that_was_being_written_is_cut_back(tmp_path, model) -> None:
     folder.close()
 
 
+def test_an_origin_counts_against_the_limit(tmp_path, model) -> None:
+    """Room for one state, and not for the one that the session began with as well."""
+    state = state_after(model, 3)
+    state.save(tmp_path / "given.memory")
+    record = replace(record_of(state), origin=True)
+    folder = Folder(tmp_path / "sessions", int(1.5 * record.state_bytes))
+    with pytest.raises(ApiError, match="no room on the disk"):
+        folder.create(record, state, tmp_path / "given.memory")
+    assert folder.used == 0
+    folder.create(record_of(state), state)
+    folder.close()
+
+
 def test_leftovers_go_and_strangers_stay(tmp_path, model, caplog) -> None:
     folder = Folder(tmp_path, LIMIT)
     state = state_after(model, 0)

@@ -10,6 +10,8 @@ from titans.train import checkpoint
 from titans.train.batches import open_data
 from titans.train.checkpoint import latest, load_checkpoint, open_run, save_checkpoint
 from titans.train.loop import new_training, take_step
+from titans.train.processes import ALONE
+from titans.train.sharded import load_sharded
 
 CPU = torch.device("cpu")
 
@@ -120,6 +122,19 @@ def test_damage_is_refused_by_name(run, name, damage):
     (path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name) as error:
         load_checkpoint(path, config, CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"cnowhere\nnothing\n.", b"garbage"])
+def test_a_damaged_index_of_shards_is_one_line(run, content):
+    _, folder, training = run
+    path = folder / "checkpoints" / "step-000001"
+    (path / "shards").mkdir(parents=True)
+    index = {"format": "titans-checkpoint", "version": 1, "step": 1, "memories": 0}
+    (path / "training.json").write_text(json.dumps(index))
+    (path / "shards" / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"shards: cannot be read \(") as error:
+        load_sharded(path, training, 1, ALONE)
     assert "\n" not in str(error.value)
 
 

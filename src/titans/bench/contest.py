@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +16,7 @@ from titans.bench.measure import (
     peak_memory_mb,
     release_free_memory,
 )
+from titans.fresh import FreshProcessError, in_fresh_process
 
 Row = dict[str, Any]
 PROBE_TOKENS = 256
@@ -82,8 +81,8 @@ def contest(
                 here = built.get(c.impl)
                 try:
                     line["peak_mb"] = peak_memory_mb(here.train, device) if here else peak_mb(c)
-                except MeasuringError as error:
-                    line["note"] = "; ".join(filter(None, (line.get("note"), str(error))))
+                except FreshProcessError as error:
+                    add_note(line, f"its memory could not be measured: {error}")
     return gflops, rows
 
 
@@ -115,22 +114,18 @@ def result_row(
     return line
 
 
-class MeasuringError(RuntimeError):
-    """A process that measured memory has failed, or was ended for taking too much."""
+def add_note(line: Row, text: str) -> None:
+    """Beside what the line says already."""
+    line["note"] = "; ".join(filter(None, (line.get("note"), text)))
 
 
 def peak_mb(contestant: Contestant) -> float:
     """Peak memory of one training step above weights and inputs, in a fresh process.
 
-    MeasuringError, of one line, where that fails.
+    FreshProcessError where that fails, or is ended for taking too much.
     """
     request = json.dumps(dataclasses.asdict(contestant))
-    command = [sys.executable, "-m", "titans.bench.peak"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MeasuringError(f"measuring the memory of {contestant.impl} failed: {lines[-1]}")
-    return float(done.stdout.splitlines()[-1])
+    return float(in_fresh_process("titans.bench.peak", input=request))
 
 
 def shortened(contestant: Contestant) -> tuple[Contestant, str | None]:
@@ -145,7 +140,7 @@ def shortened(contestant: Contestant) -> tuple[Contestant, str | None]:
         return contestant, None
     try:
         per_token = peak_mb(replace(contestant, length=probe)) / probe
-    except MeasuringError:
+    except FreshProcessError:
         return contestant, None
     length, room = contestant.length, MEMORY_MARGIN * available_memory_mb()
     while length > probe and per_token * length > room:

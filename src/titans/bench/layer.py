@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from titans.bench.contest import Row, contest, series, shortened
+from titans.bench.contest import Row, add_note, contest, series, shortened
 from titans.bench.contestants import Contestant
 from titans.bench.measure import check_device, hardware, versions
 from titans.config import MemoryConfig, to_dict
@@ -159,8 +159,7 @@ def bench_layer(bench: LayerBench) -> dict[str, Any]:
         contestants, repeats=bench.repeats, limit_s=bench.limit_s, memory=bench.memory
     )
     if reason is not None:
-        line = next(line for line in rows if line["impl"] == per_token.impl)
-        line["note"] = "; ".join(filter(None, (reason, line.get("note"))))
+        add_note(next(line for line in rows if line["impl"] == per_token.impl), reason)
     return describe("layer", bench, peak, rows)
 
 

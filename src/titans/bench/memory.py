@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from titans.data.facts import DIGITS, STATEMENT_SIZE, Fact
 from titans.data.tokenizers import tokenizer_of
 from titans.demo import asset
 from titans.evals.facts import MARGIN, HiddenFacts, hide_facts
+from titans.fresh import in_fresh_process
 from titans.generate import Sampling, generate
 from titans.inspect import replay
 from titans.models.lm import TitansLM, load
@@ -139,13 +138,7 @@ def ways(
         name = "demo" if bench.model is None else str(bench.model)
         ask = ["memory", "ask", name, str(path), fact.question.decode(), "--json"]
         how = [f"--max-tokens={DIGITS}", "--temperature=0"]
-        done = subprocess.run(
-            [sys.executable, "-m", "titans.cli", *ask, *how], capture_output=True, text=True
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ValueError(f"titans memory ask failed: {lines[-1]}")
-        return json.loads(done.stdout.splitlines()[-1])["answers"][0]["text"]
+        return json.loads(in_fresh_process("titans.cli", *ask, *how))["answers"][0]["text"]
 
     return {
         AT_HAND: lambda fact: answer(fact, state),

@@ -2,7 +2,6 @@
 
 try:
     import starlette  # noqa: F401
-    import uvicorn  # noqa: F401
 except ImportError as error:
     raise ImportError("serving needs `pip install titans[studio]`") from error
 

@@ -31,7 +31,10 @@ def run(
 
     Raises ValueError for settings that cannot be served, OSError for an address in use.
     """
-    import uvicorn
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ImportError("serving needs `pip install titans[studio]`") from error
 
     if settings.token is None and not is_local(settings.host):
         settings = replace(settings, token=secrets.token_urlsafe(24))

@@ -97,7 +97,7 @@ def load_sharded(folder: Path, training: Training, accumulate: int, here: Proces
 
     damage = (
         *(CheckpointException, OSError, EOFError, LookupError, RuntimeError, ValueError),
-        *(UnpicklingError, AttributeError, TypeError),  # of its index
+        *(UnpicklingError, AttributeError, ImportError, TypeError),  # of its index
     )
 
     index = read_index(folder / INDEX)
