@@ -58,10 +58,14 @@ TRAINED = (*KINDS, "single-3", "single-3")  # most rows: a uuid has 36 tokens to
 LENGTHS = (2048, 4096, 8192, 16384, 65536, 2**18, 2**20, 2**21, 10 * 2**20)
 VOCABULARY = 2048
 SEED = 0
+BEGINNING_STEPS = 150
 COPYING_STEPS, CLOSING_STEPS, KEEPING_STEPS, SEALING_STEPS = 600, 2400, 600, 600
 STEPS = COPYING_STEPS + CLOSING_STEPS + KEEPING_STEPS + SEALING_STEPS
 TOKENS = 4096  # of a step
 STRAY = 6.0  # numbers of no needle in 1,000 tokens of prose
+# On the first run's rows, up to three needles of any kind, it had learned nothing in 600 steps, and
+# begins with one number a row after 50 (docs/results.md).
+BEGINS_WITH_ONE = ("Mamba2",)
 SWEEP_MODEL, SWEEP_LENGTHS = "Titans MAC", (2048, 4096, 8192, 16384)
 SWEEP_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOST = 0.05  # a model that finds no more than this is not asked at greater lengths
@@ -160,6 +164,17 @@ def prepare_tokenizer(root: Path, path: Path = TOKENIZER) -> None:
     BPETokenizer.train(texts(), VOCABULARY, path, isolate=CODES)
 
 
+def beginning(name: str, data: DataConfig) -> RunConfig:
+    """Before the first run, for `BEGINS_WITH_ONE`: one number a row, and little else."""
+    data = replace(
+        data,
+        lengths=(96,),
+        facts_max=1,
+        needle=replace(data.needle, kinds=("single-2",), dense=1.0),
+    )
+    return run_config(name, data, BEGINNING_STEPS, 3e-3, warmup=50, min_ratio=0.3)
+
+
 def copying(name: str, data: DataConfig) -> RunConfig:
     """The first run: rows of 128 tokens with up to three needles, until values are copied."""
     data = replace(data, lengths=(128,), facts_max=3, needle=replace(data.needle, dense=1.0))
@@ -249,10 +264,13 @@ def fit(job: Row, runs: Path, root: Path) -> Row:
         text_weight=0.1,
         needle=NeedleRows(kinds=TRAINED, words=str(root / "needle"), dense=0.5),
     )
+    seeds = {make: SEED + number for number, make in enumerate(RUNS)}
+    if name in BEGINS_WITH_ONE:
+        seeds = {beginning: SEED + len(RUNS), **seeds}
     configs = {}
-    for number, make in enumerate(RUNS):
+    for make, seed in seeds.items():
         config = make(name, data)
-        configs[make.__name__] = replace(config, train=replace(config.train, seed=SEED + number))
+        configs[make.__name__] = replace(config, train=replace(config.train, seed=seed))
     trained, logged = train_in_turn(configs, runs / name.replace(" ", "-"))
     load(trained).save(weights(name))
     return {
@@ -340,6 +358,11 @@ def write_page(rows: list[Row]) -> None:
         "not begun to copy. Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
         "asked, so far or because no more than 5 % were found at a shorter length.",
+        *(
+            f"{r['model']} had {BEGINNING_STEPS} more steps first, on rows with one number."
+            for r in trained
+            if r["model"] in BEGINS_WITH_ONE
+        ),
         "",
     ]
     titles = {

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import titans
-from titans.config import to_toml
+from titans.config import load_toml, to_toml
 from titans.train import loop
 from titans.train.batches import open_data
-from titans.train.checkpoint import latest
+from titans.train.checkpoint import checkpoints, held, latest
+from titans.train.config import RunConfig
 from titans.train.loop import new_training, take_step, train
 from titans.train.metrics import MetricsFile, read_metrics
 from titans.train.objective import NonFiniteError, charge, read_segment, runs_bf16
@@ -106,6 +107,29 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tiny, tmp_path):
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
 
 
+def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
+    """The second would delete checkpoints of the first that are later than its own."""
+    config = tiny(steps=2)
+    train(config, tmp_path, progress=False)
+    with held(tmp_path), pytest.raises(ValueError, match="another process trains in it"):
+        train(config, tmp_path, progress=False)
+    assert train(config, tmp_path, progress=False).finished
+
+
+def test_a_run_goes_on_with_other_manners(tiny, tmp_path):
+    """What does not change its numbers may change, e.g. where it had run out of memory."""
+    config = tiny("facts", steps=4, checkpoint_every=2)
+    train(config, tmp_path / "whole", progress=False)
+    kill_after(3, config, tmp_path / "killed")
+    other = replace(
+        config, train=replace(config.train, gradient_checkpointing=True, checkpoint_every=1)
+    )
+    train(other, tmp_path / "killed", progress=False)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    assert load_toml(tmp_path / "killed" / "config.toml", RunConfig) == other
+    assert [f.name for f in checkpoints(tmp_path / "killed")] == ["step-000003", "step-000004"]
+
+
 def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):
     config = tiny(steps=3)
     first = train(config, tmp_path, progress=False)
@@ -147,12 +171,22 @@ def python_handler():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_acts_at_once(python_handler):
+def test_a_second_ctrl_c_acts_at_once(python_handler, monkeypatch):
+    monkeypatch.setattr("titans.train.signals.SAME_PRESS_S", 0.0)
     with stop_request() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.made
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_handed_on_are_one_request(python_handler):
+    """Ctrl-C reaches all processes of a terminal, and torchrun and job schedulers stop each of
+    theirs once more: a run that is writing its last checkpoint must not die of that."""
+    with stop_request() as stop:
+        for name in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(name)
+        assert stop.made
 
 
 def gradients(config, steps=2):

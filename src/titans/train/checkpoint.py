@@ -19,6 +19,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
     """Make the folder of a new run, or find the checkpoint to go on from; None to begin.
 
     Raises ValueError: the folder holds something else, or a run although `resume` is False, or
-    one with another config (named is the first key that differs).
+    one with another config (named is the first key that differs). What may differ is noted.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*"))):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,43 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
         raise ValueError(f"{folder}: is not empty and not the folder of a run (no {CONFIG})")
     if not resume:
         raise ValueError(f"{folder}: there is a run in it already; resume it or name another")
-    difference = first_difference(load_toml(folder / CONFIG, RunConfig), config)
+    before = load_toml(folder / CONFIG, RunConfig)
+    difference = first_difference(before, config)
     if difference is not None:
-        raise ValueError(f"{folder}: this run has another config: {difference}")
-    return latest(folder)
+        raise ValueError(
+            f"{folder}: this run has another config: {difference}; go on with its own, or give "
+            "the new run another folder"
+        )
+    found = latest(folder)
+    if before != config:
+        write_text(folder / CONFIG, to_toml(config))
+    return found
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within it no other process of this machine has the run's folder; ValueError if one has it.
+
+    Two runs in one folder would delete each other's checkpoints. The lock goes with the process;
+    on systems and file systems that have none there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another process trains in it") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def latest(run_folder: str | Path) -> Path | None:

@@ -351,12 +351,30 @@ def write_cost_at(config: RunConfig, step: int) -> float:
     return config.train.write_cost if stage.write_cost is None else stage.write_cost
 
 
+# How a run is computed and what is kept of it, not what it computes (but for rounding).
+MANNERS = (
+    "gradient_checkpointing",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log",
+    "device",
+    "threads",
+)
+
+
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:
     """`key: a in one, b in the other` for the first field that differs, None if they are equal.
 
-    `distributed` does not count: it says how a run is computed, not what.
+    `distributed` and `MANNERS` of [train] do not count.
     """
-    other = dataclasses.replace(other, distributed=one.distributed)
+    manners = {name: getattr(one.train, name) for name in MANNERS}
+    other = dataclasses.replace(
+        other,
+        distributed=one.distributed,
+        train=dataclasses.replace(other.train, **manners),
+    )
     left, right = flatten(to_dict(one)), flatten(to_dict(other))
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):

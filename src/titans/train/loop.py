@@ -27,6 +27,7 @@ from titans.train.batches import Data, open_data
 from titans.train.checkpoint import (
     Training,
     checkpoints,
+    held,
     is_sharded,
     load_checkpoint,
     open_run,
@@ -93,7 +94,15 @@ def train(
         require_loggers(config.train.log)
         training = new_training(config, device, begun=bool(checkpoints(folder)))
         check_forward(training.model, config)
-        start = here.on_first(lambda: open_run(folder, config, resume))
+
+        def begin() -> Path | None:
+            if not folder.exists():
+                folder.mkdir(parents=True)
+            if folder.is_dir():
+                stack.enter_context(held(folder))
+            return open_run(folder, config, resume)
+
+        start = here.on_first(begin)
         training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
         file: MetricsFile | None = None
