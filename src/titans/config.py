@@ -254,7 +254,9 @@ class TitansConfig:
 
     variant: Variant = "mac"
     """lmm: memory alone; mac: as context; mag: as gate; mal: as layer. The others are baselines,
-    described in `titans.baselines`; the fields of `memory` that define one follow the variant."""
+    described in `titans.baselines`; the fields of `memory` that define one follow the variant, and
+    so do those it starts with (its convolution, its first half-lives), where they are at
+    `MemoryConfig`'s default: linear-attention with a convolution of 4 is not to be had."""
     vocab_size: int = 257
     """257 is the byte tokenizer."""
     dim: int = 128
@@ -320,11 +322,13 @@ class TitansConfig:
             _ = self.memory.key_dim  # raises if the heads do not divide the width
 
     def hash(self) -> str:
-        """Names the function the model computes; a memory file carries it.
+        """Names the model's config; a memory file carries it.
 
         `impl`, `block_size` and `precision` are left out: they change speed and rounding only; and
-        so is `key_init`, which a trained model has behind it. What was registered counts by its
-        name. Fields younger than the first memory files count where they are not at their default.
+        so is `key_init`, which a trained model has behind it. (The initial gates, which it has
+        behind it as well, count: files of memories hold the hash with them.) What was registered
+        counts by its name. Fields younger than the first memory files count where they are not at
+        their default.
         """
         content = dataclasses.asdict(self) | {"memory": hashed_fields(self.memory)}
         for name in ("combine_output", "gate_branch"):
@@ -509,10 +513,11 @@ def unknown(what: str, given: Any, known: Sequence[str]) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Every field has its type; a config made in Python is held to what TOML is."""
+    """Every field has its type; a config made in Python is held to what TOML is, and 1 is 1.0
+    where a float belongs: equal configs have one hash."""
     for name, kind in typing.get_type_hints(type(config)).items():
         if not dataclasses.is_dataclass(kind):
-            check_type(name, getattr(config, name), kind)
+            object.__setattr__(config, name, check_type(name, getattr(config, name), kind))
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -8,7 +8,7 @@ states live beside the code that reads and writes them.
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -154,21 +154,19 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory; a copy is what the reader gets anyway.
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
+        temporary.touch(exist_ok=False)  # with the permissions of any new file, which it will keep
+        mode = temporary.stat().st_mode
         save_file(owned, temporary, metadata=metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

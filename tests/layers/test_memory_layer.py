@@ -427,6 +427,9 @@ def test_states_of_other_layers_are_refused():
         (with_conv, without(x)[1], "convolution tail must be .*, got None"),
         (layer_of(conv_width=3), state, "convolution tail must be"),
         (with_conv, state.map(torch.Tensor.float), "the state is torch.float32"),
+        (layer_of(depth=2), state, "the state's weights must have shapes"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(x, foreign)
+        with pytest.raises(ValueError, match=message):
+            layer.run(x, foreign, write=False)

@@ -79,3 +79,8 @@ def test_nothing_is_trained_that_predicts_nothing() -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="classes must be at least 2, got 1"):
         SequenceClassifier(config("lmm"), 1)
+
+
+def test_an_unknown_pooling_is_refused(without_shape_checks) -> None:
+    with pytest.raises(ValueError, match="pooling must be one of mean, last, got 'max'"):
+        SequenceClassifier(config("lmm"), 2, pooling="max")

@@ -307,6 +307,30 @@ def test_bad_tokens_and_states_are_refused() -> None:
         build("mac", window=9)(tokens, state)
 
 
+def test_tokens_may_be_bytes() -> None:
+    model, tokens = build("lmm"), some_tokens()
+    assert torch.equal(model(tokens.to(torch.uint8))[0], model(tokens)[0])
+
+
+def test_labels_have_the_shape_of_tokens() -> None:
+    tokens = some_tokens()
+    with pytest.raises(ValueError, match="tokens and labels must have one shape"):
+        build("lmm").losses(tokens, tokens.T)
+
+
+def test_a_whole_number_for_a_float_is_the_same_model(tmp_path) -> None:
+    """Its hash is that of the model read back from a file, or its own memories were refused."""
+    memory = MemoryConfig(max_surprise=1, half_life_min=16)
+    model = TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, rope_base=10000, memory=memory))
+    tokens = some_tokens()
+    _, state = model.eval()(tokens)
+    model.save(tmp_path / "m.safetensors")
+    state.save(tmp_path / "s.memory")
+    again = titans.load(tmp_path / "m.safetensors")
+    again(tokens, ModelState.load(tmp_path / "s.memory"))
+    assert again.config.hash() == model.config.hash()
+
+
 def test_a_wrong_model_file_is_one_clear_line(tmp_path) -> None:
     model = build("mal")
     path = tmp_path / "m.safetensors"

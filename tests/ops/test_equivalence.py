@@ -215,6 +215,26 @@ def test_float32(impl, network, chunk_size):
     assert_errs_no_more_than_the_reference(case, impl)
 
 
+@pytest.mark.parametrize(
+    ("key_dim", "chunk_size", "lengths"), [(64, 64, (70,)), (128, 16, (20, 1))], ids=str
+)
+def test_the_compiled_form_at_the_sizes_of_models(key_dim, chunk_size, lengths):
+    """Several panels of every product, and the last ones partial."""
+    for length in lengths:
+        case = build(
+            network=MemoryNetwork(depth=2, expansion=4, residual=True, norm=True),
+            length=length,
+            batch=1,
+            key_dim=key_dim,
+            momentum=True,
+            decay="scalar",
+            chunk_size=chunk_size,
+            max_surprise=1.0,
+            dtype=torch.float32,
+        )
+        assert_errs_no_more_than_the_reference(case, "native")
+
+
 def assert_errs_no_more_than_the_reference(case, impl, times=8):
     """float32 against float64, tensor by tensor: sums in another order may err `times` as much
     as the float32 reference does, and 16 units in the last place are always allowed. One draw of
@@ -269,15 +289,18 @@ def check_compiled(impl, backend):
 
 
 def check_compile(backend):
-    """impl="compile": partial chunks at both ends, shared and own gates, an anchor."""
+    """impl="compile": partial chunks at both ends, shared and own gates, with and without an
+    anchor, momentum, decay and a bound."""
     from titans.ops import compiled
 
     compiled.BACKEND = backend
     for options in (
-        {"network": RESIDUAL, "momentum": True, "decay": "scalar"},
-        {"network": LINEAR, "momentum": False, "decay": "none"},
+        {"network": RESIDUAL, "momentum": True, "decay": "scalar", "max_surprise": 0.3},
+        {"network": LINEAR, "objective": "dot", "offset": 3},
+        *[{"network": MLP, "decay": "scalar", "anchor": True, "per_layer": True, "offset": 1}]
+        * (backend != "inductor"),  # which takes a minute for each
     ):
-        case = build(length=11, chunk_size=4, **options)
+        case = build(**{"length": 11, "chunk_size": 4, **options})
         expected = merged(*gradients(case, "reference"))
         assert_same(merged(*gradients(case, "compile")), expected, 1e-10)
 

@@ -2,6 +2,7 @@
 ahead, rows and heads are alone, closed gates write nothing, nothing is modified in place."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_rules import GATED, MUON, OMEGA, SLOPES, miras
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from titans.ops import native
@@ -249,6 +251,50 @@ def test_checkpointing_changes_no_gradient(impl, options):
     again = results(checkpoint(case, impl, use_reentrant=False))
     assert_same(again, plain, 0.0)
     assert_same(pull_back(again, leaves), pull_back(plain, leaves), 0.0)
+
+
+@every_form
+def test_all_that_is_kept_for_the_backward_pass_can_be_let_go(impl, options):
+    """Checkpointing and offloading see what autograd saves: nothing may be kept beside it."""
+    case, _ = build(length=9, **options, **ALL_GATES).with_gradients()
+    output = case(impl).output
+    given = {id(x) for x in (*case.tokens.values(), *case.state.tensors().values())}
+    assert not [x for x in held_by(output.grad_fn) if id(x) not in given]
+
+
+def held_by(node):
+    """Tensors that the Python side of a graph's nodes holds."""
+    found, seen, waiting = [], set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting += [after for after, _ in node.next_functions]
+        kept = [x for name, x in vars(node).items()] if hasattr(node, "__dict__") else []
+        found += [x for x in tree_leaves(kept) if isinstance(x, torch.Tensor)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [form for name, form in FORMS.items() if not name.startswith("own")],
+    ids=str,
+)
+def test_transforms_of_torch_func(impl, options):
+    """Without a compiled or written-out backward pass, and with the same gradient."""
+    case = build(length=9, **options, **ALL_GATES)
+
+    def total(values, impl):
+        tokens = {**case.tokens, "values": values}
+        return replace(case, tokens=tokens)(impl).output.square().sum()
+
+    got = torch.func.grad(partial(total, impl="auto" if impl == "native" else impl))(
+        case.tokens["values"]
+    )
+    values = case.tokens["values"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(values, "reference"), values)
+    assert_same({"values": got}, {"values": expected}, 1e-10)
 
 
 @every_form

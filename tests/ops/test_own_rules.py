@@ -456,6 +456,23 @@ def test_a_network_must_apply_every_layer(without_shape_checks):
         build(network=Lazy(), value_dim=4)("chunked")
 
 
+def test_a_network_applies_a_layer_once(without_shape_checks):
+    """A layer that is met twice has two error signals, of which one would be lost."""
+
+    class Twice(Network):
+        depth = 1
+
+        def shapes(self, key_dim, value_dim):
+            return [(key_dim, value_dim)]
+
+        def forward(self, apply_layer, x):
+            return apply_layer(0, torch.tanh(apply_layer(0, x)))
+
+    for impl in ("chunked", "reference"):
+        with pytest.raises(ValueError, match="forward of Twice must apply layer 0 once"):
+            build(network=Twice(), value_dim=4)(impl)
+
+
 def test_soft_thresholds_forget_small_weights_for_good():
     """What the elastic net is for: after some tokens that write nothing, only large ones stay."""
     case = build(length=9, retention=Retention(update=soft_threshold)).set("learning_rate", 0.0)

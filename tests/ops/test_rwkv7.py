@@ -130,3 +130,12 @@ def test_bad_arguments_are_refused(without_shape_checks) -> None:
         rwkv7(*(x[:, :0] for x in tokens), state)
     with pytest.raises(ValueError, match=r"state must be \(2, 2, 5, 3\) in float32 or float64"):
         rwkv7(*tokens, state.mT)
+    r, w, k, v, c, a = tokens
+    for given, message in (
+        ((r, w[..., :1], k, v, c, a), "decay and keys must have one shape"),
+        ((r, w, k, v, c, a[..., :1]), "rate and keys must have one shape"),
+        ((r[:, :3], w, k, v, c, a), "queries and keys must have one shape"),
+        ((r, w, k, v[:, :3], c, a), r"values must be \(B, T, H, V\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rwkv7(*given, state)

@@ -116,7 +116,7 @@ def memory_numbers(memory: MemoryConfig, spread: Spread, passes: int) -> float:
     # Weights, momentum and the weights at the chunk's start.
     state = (copies + (memory.chunk_size > 1)) * heads * sum(i * o for i, o in shapes)
     numbers += state
-    if composes(layer.network, memory.chunk_size, memory.max_surprise):
+    if composes(layer.network, memory.chunk_size, memory.surprise_limit):
         rows = copies * d
         return numbers + others * heads * (passes * rows * (rows + d) + rows * d)
     share = others / spread.sequence
@@ -137,7 +137,7 @@ def step_flops(config: TitansConfig, spread: Spread) -> float:
         for part in model.modules():
             if isinstance(part, NeuralMemory):
                 memory = part.config
-                if composes(part.network, memory.chunk_size, memory.max_surprise):
+                if composes(part.network, memory.chunk_size, memory.surprise_limit):
                     # The slice's map: columns for the values, and for weights and momentum.
                     flops += memory_flops(part, tokens) * (2 + memory.momentum)
     if spread.checkpointing:

@@ -213,12 +213,21 @@ class NeuralMemory(nn.Module):
         return y, MemoryState(rule=result.state, tail=tail), record
 
     def check_state(self, state: MemoryState, batch_size: int) -> None:
-        """ValueError for a state of another layer, batch size or precision."""
+        """ValueError for a state of other shapes, another batch size or precision. Two layers whose
+        states have one shape are told apart by the config's hash, in `TitansLM`."""
         if not isinstance(state, MemoryState):
             raise ValueError(f"state must be a MemoryState, got {type(state).__name__}")
         held = state.rule.weights[0].shape[0]
         if held != batch_size:
             raise ValueError(f"the state is for a batch of {held}, got x for {batch_size}")
+        config = self.config
+        shapes = self.network.shapes(config.key_dim, config.key_dim)
+        expected_weights = [(batch_size, config.heads, i, o) for i, o in shapes]
+        got_weights = [tuple(w.shape) for w in state.rule.weights]
+        if got_weights != expected_weights:
+            raise ValueError(
+                f"the state's weights must have shapes {expected_weights}, got {got_weights}"
+            )
         wide = torch.float64 if self.qkv.weight.dtype == torch.float64 else torch.float32
         if state.rule.weights[0].dtype != wide:
             raise ValueError(f"the state is {state.rule.weights[0].dtype}, this layer needs {wide}")

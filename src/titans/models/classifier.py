@@ -1,6 +1,6 @@
 """A sequence as a whole -> one of several classes: a `TitansLM` without its head, or a CNN."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,10 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes must be at least 2, got {classes}")
+        if pooling not in get_args(Pooling):
+            raise ValueError(
+                f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}"
+            )
         self.backbone = TitansLM(config)
         if not config.tie_embeddings:
             self.backbone.head.requires_grad_(False)  # nothing is predicted

@@ -232,6 +232,11 @@ class TitansLM(nn.Module):
 
         labels: the token to predict at each position, `titans.data.text.IGNORED` for none.
         """
+        if labels.shape != tokens.shape:
+            raise ValueError(
+                f"tokens and labels must have one shape, got {tuple(tokens.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
         hidden, state, records = self.hidden(tokens, state)
         losses = token_losses if self.team is None else partial(shared_losses, self.team)
         nll, likeliest = losses(self.head, hidden, labels)
@@ -243,7 +248,7 @@ class TitansLM(nn.Module):
     ) -> HiddenOutput:
         """`run` without the head: its normalised input instead of logits."""
         self.check_tokens(tokens)
-        return self.read(self.embedding(tokens), state, write)
+        return self.read(self.embedding(tokens.long()), state, write)
 
     def read(
         self,

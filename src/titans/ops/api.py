@@ -96,6 +96,20 @@ def neural_memory(
     check_state(state, keys, values, network, slots, chunk_size)
     check_window(window, state.recent, keys, values)
     check_anchor(anchor, state)
+    compute = state.weights[0].dtype
+    batch, length, heads, _ = keys.shape
+    prepare = partial(
+        prepare_gate,
+        network=network,
+        shape=(batch, length, heads),
+        dtype=compute,
+        device=keys.device,
+    )
+    gates = Gates(
+        prepare("learning_rate", learning_rate),
+        None if momentum is None else prepare("momentum", momentum),
+        None if decay is None else prepare("decay", decay, channels=[*keys.shape, *values.shape]),
+    )
     own = own_parts(network, objective, window, retention, optimizer)
     if own:
         form = resolve_own(impl, own)
@@ -109,23 +123,10 @@ def neural_memory(
             max_surprise,
             per_channel=per_channel,
             device=keys.device.type,
-            dtype=state.weights[0].dtype,
+            dtype=compute,
             traced=is_traced([queries, keys, values, *state.weights]),
         )
 
-    compute = state.weights[0].dtype
-    batch, length, heads, _ = keys.shape
-    gates = Gates(
-        prepare_gate("learning_rate", learning_rate, network, (batch, length, heads), compute),
-        None
-        if momentum is None
-        else prepare_gate("momentum", momentum, network, (batch, length, heads), compute),
-        None
-        if decay is None
-        else prepare_gate(
-            "decay", decay, network, (batch, length, heads), compute, [*keys.shape, *values.shape]
-        ),
-    )
     # The GPU kernels take short tokens as they are.
     tokens = (queries, keys, values)
     q, k, v = ((x if form == "triton" else x.to(compute)).transpose(1, 2) for x in tokens)
@@ -319,6 +320,8 @@ def check_inputs(queries: Tensor, keys: Tensor, values: Tensor) -> None:
             raise ValueError(f"{name} must be (B, T, H, D), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.device != keys.device:
+            raise ValueError(f"{name} must be on the keys' {keys.device}, got {x.device}")
     if queries.shape != keys.shape:
         raise ValueError(
             f"queries and keys must have one shape, got {tuple(queries.shape)} "
@@ -421,13 +424,16 @@ def prepare_gate(
     network: Network,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
     channels: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """One (B, H, T[, in]) tensor per layer; a shared gate is one shared object."""
     if isinstance(gate, Tensor):
         given: list[Tensor] = [gate] * network.depth
-    else:
+    elif isinstance(gate, Sequence) and all(isinstance(x, Tensor) for x in gate):
         given = list(gate)
+    else:
+        raise ValueError(f"{name} must be a tensor, or one per layer, got {gate!r}")
     if len(given) != network.depth:
         raise ValueError(
             f"{name} must have one tensor per layer ({network.depth}), got {len(given)}"
@@ -439,6 +445,8 @@ def prepare_gate(
         if tuple(x.shape) not in allowed:
             wanted = " or ".join(str(a) for a in allowed)
             raise ValueError(f"{name} of layer {layer} must be {wanted}, got {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the keys' {device}, got {x.device}")
         if id(x) not in prepared:
             prepared[id(x)] = x.to(dtype).transpose(1, 2)
     return tuple(prepared[id(x)] for x in given)

@@ -21,6 +21,7 @@ from titans.ops.fused import group_size, neural_memory_fused
 from titans.ops.networks import MemoryNetwork, Network, Objective
 from titans.ops.own import weights_of
 from titans.ops.rule import Gates, MemoryOutput, RuleState
+from titans.ops.tokens import is_transformed
 
 # (queries, keys, values, gates, weights, momentum, **settings) -> output, surprise, and both after.
 Scan = Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]]
@@ -94,9 +95,10 @@ def neural_memory_chunked(
 
 
 def fusable(gates: Gates) -> bool:
-    """Does `titans.ops.fused` compute this? A compiler fuses the plain form by itself."""
+    """Does `titans.ops.fused` compute this? A compiler fuses the plain form by itself, and a
+    transform differentiates it."""
     scalar = gates.decay is None or all(alpha.ndim == 3 for alpha in gates.decay)
-    return scalar and not torch.compiler.is_compiling()
+    return scalar and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def closed_form(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titans.ops.coefficients import coefficients
 from titans.ops.networks import (
@@ -582,16 +583,20 @@ class FusedScan(torch.autograd.Function):
                 groups.append(group)
         ctx.mark_non_differentiable(surprise)
         if keep:
-            ctx.plan, ctx.groups, ctx.count = plan, groups, len(tensors)
-            ctx.save_for_backward(*tensors, *(t for rules in boundaries for t in flat(rules)))
+            # All tensors are saved in the one way that checkpointing and offloading know of.
+            kept, ctx.groups = tree_flatten(groups)
+            starts = [t for rules in boundaries for t in flat(rules)]
+            ctx.plan, ctx.counts = plan, (len(tensors), len(starts))
+            ctx.save_for_backward(*tensors, *starts, *kept)
         return output, surprise, *flat(rules)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor, _: Tensor, *d_final: Tensor) -> tuple[Any, ...]:
-        plan, groups = ctx.plan, ctx.groups
+        plan, (given, before) = ctx.plan, ctx.counts
         saved = ctx.saved_tensors
-        tensors, starts = saved[: ctx.count], saved[ctx.count :]
+        tensors, starts = saved[:given], saved[given : given + before]
+        groups = tree_unflatten(saved[given + before :], ctx.groups)
         q, k, v, gates, rules, anchor = unpack(plan, tensors)
         states = [rules]
         width = len(flat(rules))

@@ -175,6 +175,10 @@ def differentiate(
             )
 
         def apply_layer(layer: int, a: Tensor) -> Tensor:
+            if layer in inputs:
+                raise ValueError(
+                    f"forward of {type(network).__name__} must apply layer {layer} once"
+                )
             z = a @ weights[layer]
             inputs[layer] = a
             outputs[layer] = z if z.requires_grad else z.requires_grad_()

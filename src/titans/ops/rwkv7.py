@@ -62,6 +62,22 @@ def rwkv7(
         raise ValueError(f"impl must be one of {', '.join(get_args(Implementation))}, got {impl!r}")
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
+    for name, x in (
+        ("queries", queries),
+        ("decay", decay),
+        ("removal", removal),
+        ("rate", rate),
+    ):
+        if keys.ndim != 4 or x.shape != keys.shape:
+            raise ValueError(
+                f"{name} and keys must have one shape (B, T, H, K), got {tuple(x.shape)} "
+                f"and {tuple(keys.shape)}"
+            )
+    if values.ndim != 4 or values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            f"values must be (B, T, H, V) with the keys' B, T, H {tuple(keys.shape[:3])}, "
+            f"got {tuple(values.shape)}"
+        )
     batch, length, heads, key_dim = keys.shape
     if length == 0:
         raise ValueError("the sequence is empty: expected T >= 1 tokens")
