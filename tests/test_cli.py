@@ -184,6 +184,12 @@ def test_targets_and_numbers_are_checked_before_the_work(capsys, tmp_path, model
         (("demo", "--streams", 0, "--out", tmp_path / "o"), "streams must be at least 1"),
         (("demo", "--seed", -1, "--out", tmp_path / "o"), "seed must not be negative"),
         (("data", "prepare", text, "--out", tmp_path / "s", "--encoding", "hex"), "hex"),
+        (("data", "prepare", text, "--out", tmp_path / "s", "--split", "test"), "--split has no"),
+        (
+            ("data", "prepare", "hub:x", "--out", tmp_path / "s", "--strip-gutenberg"),
+            "--strip-gutenberg has no effect on a data set",
+        ),
+        (("data", "prepare", "hub:x", text, "--out", tmp_path / "s"), "(hub:NAME) is prepared alo"),
     ):
         assert message in refused(capsys, *arguments)
     assert not (tmp_path / "o").exists()

@@ -63,6 +63,14 @@ def test_what_was_read_is_shown_though_the_fresh_process_fails(tmp_path, monkeyp
     assert (tmp_path / "surprise.png").exists()
 
 
+def test_texts_without_a_character_are_refused(tmp_path) -> None:
+    """Going around them for more had never come to an end."""
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n' * 3)
+    with pytest.raises(ValueError, match="the texts are empty"):
+        demo.run_demo(length=1024, out=tmp_path / "o", streams=1, texts=[str(path)])
+
+
 def test_the_command_prints_a_table_and_json(tmp_path, capsys) -> None:
     (tmp_path / "own.txt").write_text("A quiet text of one's own, said again and again. " * 200)
     text, out = str(tmp_path / "own.txt"), str(tmp_path / "out")

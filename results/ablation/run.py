@@ -119,7 +119,7 @@ def chunk_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/ablation")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     options = parser.parse_args()

@@ -215,6 +215,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         for n in lengths:
             found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
             cells.append(f"{sum(found) / len(found):.2f}" if found else "")
+        if not any(cells):
+            continue
         longest = max((r for r in asked if r["model"] == name), key=lambda r: r["length"])
         own = next((r for r in adapters if r["model"] == name), None)
         size = ("", "", "")
@@ -253,7 +255,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/adapt")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/adapt")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     options = parser.parse_args()

@@ -319,7 +319,7 @@ def write_page(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/babilong")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/babilong")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--tasks", type=int, choices=TASKS, nargs="+", default=TASKS)

@@ -336,7 +336,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/dna")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/dna")
     parser.add_argument("--only", nargs="+", metavar="NAME[/MODEL]", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--task", type=Path, nargs="+", default=[], help="folders besides GUE's")

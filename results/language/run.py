@@ -195,7 +195,9 @@ def best_rates(rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]
     """Model -> the learning rate that was best in tuning, for those whose tuning is complete."""
     chosen = {}
     for name in names:
-        tuned = [r for r in rows if r["stage"] == "tune" and r["model"] == name]
+        tuned = [
+            r for r in rows if r["stage"] == "tune" and r["model"] == name and r["rate"] in RATES
+        ]
         if len(tuned) == len(RATES):
             chosen[name] = min(tuned, key=lambda r: r.get("valid_loss", math.inf))["rate"]
     return chosen
@@ -203,8 +205,12 @@ def best_rates(rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     """README.md and the plots, from the rows that are there."""
+    rates = best_rates(rows, list(MODELS))
     rows, failed = split_diverged(rows)
-    tested = [r for r in rows if r["stage"] == "test"]
+    # At other rates than the best of now: of an earlier choice of RATES.
+    tested = [
+        r for r in rows if r["stage"] == "test" and r["rate"] == rates.get(r["model"], r["rate"])
+    ]
     tuned = [r for r in rows if r["stage"] == "tune"]
     coarse = sum("precision" in r for r in tuned)
     lines = [
@@ -273,7 +279,7 @@ def stream_cell(seeds: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/language")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/language")
     parser.add_argument("--corpus", choices=CORPORA, nargs="+", default=CORPORA)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))

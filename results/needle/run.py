@@ -426,7 +426,7 @@ def write_page(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/needle")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/needle")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)

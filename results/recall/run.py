@@ -175,7 +175,7 @@ def plot(asked: list[dict[str, Any]], names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = runner_parser(__doc__, "runs/recall")
+    parser = runner_parser(__doc__, HERE.parents[1] / "runs/recall")
     parser.add_argument("--model", choices=models(), nargs="+", default=list(models()))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))

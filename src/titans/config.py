@@ -144,7 +144,8 @@ class MemoryConfig:
     impl: Literal["auto", "reference", "chunked", "exact", "compile", "native", "triton"] = "auto"
     """Which form of the rule runs; see `titans.ops.neural_memory`."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the factors of its matrix products; states and sums are float32 with either."""
+    """Of the factors of its matrix products; states and sums are float32 with either. (On a GPU
+    the kernels take tf32 for `float32` where the tokens are shorter than that.)"""
     block_size: int = 64
     """Tokens the exact form solves at once; speed only."""
 
@@ -521,7 +522,10 @@ def check_fields(config: Any) -> None:
 
 
 def require_positive(config: Any, *names: str) -> None:
+    """Sizes and counts: at least 1, and none that a tensor could not have."""
     for name in names:
-        if getattr(config, name) < 1:
-            kind = type(config).__name__
-            raise ValueError(f"{kind}.{name} must be at least 1, got {getattr(config, name)}")
+        value, kind = getattr(config, name), type(config).__name__
+        if value < 1:
+            raise ValueError(f"{kind}.{name} must be at least 1, got {value}")
+        if value >= 2**40:
+            raise ValueError(f"{kind}.{name} must be below 2^40, got {value}")

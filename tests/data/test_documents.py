@@ -202,5 +202,5 @@ def test_hub_documents_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.xml: expected one of .* got '\.xml'"):
         list(hub_documents(str(tmp_path / "a.xml")))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install titans\[text\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[text\]'"):
         list(hub_documents("anything"))

@@ -141,7 +141,7 @@ def test_train_refuses_before_it_works(tmp_path):
 
 def test_a_missing_library_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install titans\[text\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[text\]'"):
         BPETokenizer.from_file(tmp_path / "tokenizer.json")
 
 

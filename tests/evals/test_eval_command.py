@@ -12,6 +12,7 @@ from titans.cli import main
 from titans.cli.eval import SUITES, load_suite
 from titans.cli.fields import add_fields, from_options
 from titans.cli.parser import Parser
+from titans.evals import needle
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.evals.recall import RecallConfig, recall
 from titans.models.lm import load
@@ -157,19 +158,51 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"titans: {tmp_path / 'no'}: no such file\n"
 
 
-def test_every_cell_is_told_as_soon_as_it_is_there(tmp_path, capsys):
+def test_every_cell_is_told_and_kept_as_soon_as_it_is_there(tmp_path, capsys, monkeypatch):
     model = tmp_path / "m.safetensors"
     TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
     for name in ("noun", "adjective"):
         words = "".join(f"{name}{i}\n" for i in range(60))
         (tmp_path / f"{name}list.txt").write_text(words)
+    kept = tmp_path / "out" / "needle.part.jsonl"
+    seen = []
+
+    def ask(*arguments):
+        seen.append(len(kept.read_text().splitlines()) if kept.exists() else 0)
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real, stop_at = needle.ask, 4
+    monkeypatch.setattr(needle, "ask", ask)
     asked = ["--kinds", "single-1", "--lengths", "600", "640", "--samples", "1"]
-    main(["eval", "needle", "--checkpoint", str(model), "--words", str(tmp_path), *asked])
+    asked += ["--out", str(tmp_path / "out")]
+    command = ["eval", "needle", "--checkpoint", str(model), "--words", str(tmp_path), *asked]
+    main(command)
+    assert seen == [0, 1]
+    assert not kept.exists()  # all of it is in the result
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(", depth")[0] for line in lines] == [
         "kind single-1, length 600",
         "kind single-1, length 640",
     ]
+    with pytest.raises(SystemExit, match="130"):
+        main(command)
+    (cell,) = map(json.loads, kept.read_text().splitlines())
+    assert cell["length"] == 600
+
+
+def test_a_length_too_short_is_refused_before_any_is_asked(tmp_path, capsys):
+    model = tmp_path / "m.safetensors"
+    TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, heads=1, ffn_hidden=8)).save(model)
+    for name in ("noun", "adjective"):
+        words = "".join(f"{name}{i}\n" for i in range(60))
+        (tmp_path / f"{name}list.txt").write_text(words)
+    command = ["eval", "needle", "--checkpoint", str(model), "--words", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--kinds", "single-1", "--lengths", "600", "20", "--samples", "1"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "20 tokens" in line
 
 
 @pytest.mark.parametrize(

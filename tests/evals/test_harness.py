@@ -23,7 +23,7 @@ from titans.data.tokenizers import ByteTokenizer
 from titans.evals.commonsense import CommonsenseConfig, commonsense, encode_item, score
 from titans.evals.harness import TASKS, HarnessConfig, harness
 
-pytest.importorskip("lm_eval", reason="needs `pip install titans[eval]`")
+pytest.importorskip("lm_eval", reason="needs `pip install -e '.[eval]'`")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -514,7 +514,7 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys) -> None:
     start = ["eval", "harness", "--checkpoint", str(tmp_path / "m.safetensors")]
     with pytest.raises(SystemExit, match="2"):
         main([*start, "--tasks", "titans_piqa"])
-    assert "pip install titans[eval]" in capsys.readouterr().err
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +134,11 @@ def test_what_a_runner_needs_is_said_in_a_line(tmp_path, monkeypatch):
             2,
             "run.py: [Errno 2] No such file: 'x.gz'\n",
         ),
+        (
+            BrokenProcessPool("gone"),
+            2,
+            "run.py: a worker was killed (out of memory?); the same command goes on\n",
+        ),
         (KeyboardInterrupt(), 130, "run.py: interrupted; the same command goes on\n"),
     ],
 )
@@ -147,7 +153,7 @@ def test_a_runner_ends_in_a_line(error, code, said, monkeypatch, capsys):
 
 
 def test_the_options_of_every_runner(capsys):
-    parser = runner_parser("What it measures.\n\n    How it is run", "runs/here")
+    parser = runner_parser("What it measures.\n\n    How it is run", Path("runs/here"))
     options = parser.parse_args(["--workers", "2"])
     assert (options.runs, options.workers, options.table_only) == (Path("runs/here"), 2, False)
     for wrong in ("0", "-1", "two"):

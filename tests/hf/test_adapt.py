@@ -294,7 +294,7 @@ def test_it_is_a_public_name_that_imports_transformers_only_when_used() -> None:
         "try:\n"
         "    titans.adapt\n"
         "except ImportError as error:\n"
-        "    assert \"pip install 'titans[hf]'\" in str(error), error\n"
+        "    assert \"pip install -e '.[hf]'\" in str(error), error\n"
         "else:\n"
         "    raise AssertionError\n"
         "assert not hasattr(titans, 'adopt')\n"

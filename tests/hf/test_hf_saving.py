@@ -313,6 +313,12 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
     file = tmp_path / "a.safetensors"
     small("lmm").save(file)
     assert "is a file, expected a folder" in error(file, file)
+    step = tmp_path / "step-000001"  # a checkpoint's folder, which a resumed run goes on from
+    step.mkdir()
+    small("lmm").save(step / "model.safetensors")
+    content = (step / "model.safetensors").read_bytes()
+    assert "holds a model file that would be replaced" in error(step / "model.safetensors", step)
+    assert (step / "model.safetensors").read_bytes() == content
     wrong = error(file, tmp_path / "f", "--tokenizer", "bytes")
     assert "has 257 tokens, the model 40: name the one" in wrong
     wrapped("lmm").save_pretrained(tmp_path / "g")
@@ -342,5 +348,5 @@ def test_without_transformers_one_line_names_the_extra(version: str | None, tmp_
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"titans: titans.hf needs transformers 5 or later, found {version or 'none'}: "
-        "pip install 'titans[hf]'"
+        "pip install -e '.[hf]'"
     ]

@@ -257,7 +257,7 @@ def test_without_a_gpu_or_the_interpreter_it_raises(monkeypatch):
 
 def test_without_triton_it_raises(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"not installed: pip install titans\[triton\]"):
+    with pytest.raises(ImportError, match=r"not installed: pip install -e '.\[triton\]'"):
         check_available("cuda")
 
 

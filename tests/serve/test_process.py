@@ -276,4 +276,4 @@ def test_it_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "titans: serving needs `pip install titans[studio]`\n"
+    assert done.stderr == "titans: serving needs `pip install -e '.[studio]'`\n"

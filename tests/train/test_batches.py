@@ -207,6 +207,15 @@ def test_mistakes_are_named(tiny, task, changes, message):
         open_data(tiny(task, **changes))
 
 
+def test_prepared_folders_are_taken_alone(tiny, tmp_path):
+    prepare([Document("a", "some text to prepare")], ByteTokenizer(), tmp_path / "shards")
+    (tmp_path / "more.txt").write_text("and a text beside it")
+    both = (str(tmp_path / "more.txt"), str(tmp_path / "shards"))
+    for data in ({"paths": both}, {"valid_paths": both}):
+        with pytest.raises(ValueError, match="shards: is a prepared folder, which is taken alone"):
+            open_data(tiny(data=data))
+
+
 def test_a_foreign_tokenizer_is_refused(tiny, tmp_path):
     from titans.data.tokenizers import BPETokenizer
 

@@ -35,7 +35,7 @@ def test_a_missing_logger_names_the_extra(tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda n, name=name: None if n == name else find(n)
         )
-        with pytest.raises(ImportError, match=r"pip install titans\[log\]"):
+        with pytest.raises(ImportError, match=r"pip install -e '.\[log\]'"):
             train(tiny(log=(name,)), tmp_path / name, progress=False)
         assert not (tmp_path / name).exists()
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(EXIT_BAD_INPUT)
-    except (ValueError, ImportError, OSError, LookupError) as error:
+    except (ValueError, ImportError, OSError, LookupError, OverflowError) as error:
         fail(" ".join(str(error).split()))
     except MemoryError:
         fail("out of memory")

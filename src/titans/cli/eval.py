@@ -102,8 +102,11 @@ def run_eval(options: argparse.Namespace) -> None:
     function: Callable[..., Any] = getattr(module, suite.module)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not when the work is done
+    part = None if options.out is None else options.out / f"{options.suite}.part.jsonl"
     if "watch" in inspect.signature(function).parameters:
-        function = partial(function, watch=progress)
+        if part is not None:
+            part.unlink(missing_ok=True)
+        function = partial(function, watch=partial(progress, part=part))
     if suite.reads:
         from titans.data.tokenizers import load_tokenizer
         from titans.train.loop import choose_device
@@ -113,8 +116,8 @@ def run_eval(options: argparse.Namespace) -> None:
         result = function(model, config, *extra)
     else:
         result = function(config)
-    show(result)
     content = dataclasses.asdict(result)
+    written = []
     if options.out is not None:
         from titans.evals.report import write_json
 
@@ -123,13 +126,21 @@ def run_eval(options: argparse.Namespace) -> None:
         if hasattr(module, "plot"):
             written.append(f"{options.suite}.png")
             module.plot(result, options.out / written[1])
+        if part is not None:
+            part.unlink(missing_ok=True)
+    show(result)
+    if written:
         print(f"Wrote {' and '.join(written)} to {options.out}/")
     if options.json:
         print(json.dumps(content))
 
 
-def progress(cell: Any) -> None:
-    """A record on one line of stderr, as soon as it is there."""
+def progress(cell: Any, part: Path | None) -> None:
+    """A record on one line of stderr, as soon as it is there; and as JSON at the end of `part`,
+    which is what is left of a suite that was stopped."""
+    if part is not None:
+        with part.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(cell)) + "\n")
     told = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
     print(", ".join(told), file=sys.stderr, flush=True)
 

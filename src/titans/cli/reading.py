@@ -88,10 +88,16 @@ def save_memory(state: "ModelState", path: Path, tokenizer: "Tokenizer") -> None
     state.save(path, {"tokenizer": tokenizer_identity(tokenizer)})
 
 
-def check_target(path: Path) -> None:
-    """ValueError, before the work, where a file could not be written."""
+def check_target(path: Path, read: Iterable[str | Path] = ()) -> None:
+    """ValueError, before the work, where a file could not be written, or would take the place of
+    something else than a file, or of one that is read."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a file to write")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file, expected a file to write")
+    for source in map(Path, read):
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(f"{path}: is read here, expected another file to write")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{path}: cannot be written, {folder} is no folder to write to")
@@ -149,7 +155,7 @@ def add_read(parser: Parser, *output: str, required: bool) -> None:
 def run_read(options: argparse.Namespace) -> None:
     """Read texts, after a memory or from the beginning, and save what is remembered."""
     if options.output is not None:
-        check_target(options.output)
+        check_target(options.output, [options.model, *options.texts])
     model = open_model(options.model)
     tokenizer = open_tokenizer(options.tokenizer, model)
     state = None if options.memory is None else open_memory(options.memory, model, tokenizer)

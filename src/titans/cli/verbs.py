@@ -108,11 +108,11 @@ def add_data(verbs: Any) -> None:
     parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--text-key", default="text", help="field of a JSON line")
-    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--split", help="of a data set [train]")
     parser.add_argument("--config", help="of a data set, e.g. sample-10BT")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="documents held out")
     parser.add_argument("--strip-gutenberg", action="store_true", help="drop Gutenberg's notices")
-    parser.add_argument("--encoding", default="utf-8-sig", help="of plain text files")
+    parser.add_argument("--encoding", help="of plain text files, or auto [utf-8-sig]")
     add_json(parser)
 
 
@@ -121,10 +121,18 @@ def run_prepare(options: argparse.Namespace) -> None:
     from titans.data.shards import prepare
     from titans.data.tokenizers import load_tokenizer
 
-    if len(options.paths) == 1 and options.paths[0].startswith("hub:"):
+    hub = any(path.startswith("hub:") for path in options.paths)
+    if hub and len(options.paths) > 1:
+        raise ValueError("a data set (hub:NAME) is prepared alone")
+    without_effect = ("strip_gutenberg", "encoding") if hub else ("split", "config")
+    for name in without_effect:
+        if getattr(options, name):
+            kind = "a data set" if hub else "files"
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {kind}")
+    if hub:
         documents = hub_documents(
             options.paths[0].removeprefix("hub:"),
-            split=options.split,
+            split=options.split or "train",
             text_key=options.text_key,
             config=options.config,
         )
@@ -133,7 +141,7 @@ def run_prepare(options: argparse.Namespace) -> None:
             options.paths,
             text_key=options.text_key,
             strip_gutenberg=options.strip_gutenberg,
-            encoding=options.encoding,
+            encoding=options.encoding or "utf-8-sig",
         )
     info = prepare(
         documents,

@@ -43,7 +43,12 @@ def is_held_out(name: str) -> bool:
 
 
 def endless(texts: Sequence[np.ndarray], length: int, generator: np.random.Generator) -> np.ndarray:
-    """`length` bytes of text: whole documents in random order, around again if need be."""
+    """`length` bytes of text: whole documents in random order, around again if need be.
+
+    ValueError where no document has a byte.
+    """
+    if not any(len(text) for text in texts):
+        raise ValueError("the texts are empty: expected at least one character")
     pieces: list[np.ndarray] = []
     have = 0
     while have < length:

@@ -154,7 +154,7 @@ def hub_documents(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("hub_documents needs `pip install titans[text]`") from error
+        raise ImportError("hub_documents needs `pip install -e '.[text]'`") from error
     where = f"{name} [{split}]"
     source: dict[str, Any] = {"path": name}
     if Path(name).is_file():

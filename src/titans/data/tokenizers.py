@@ -244,5 +244,5 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("a BPE tokenizer needs `pip install titans[text]`") from error
+        raise ImportError("a BPE tokenizer needs `pip install -e '.[text]'`") from error
     return tokenizers

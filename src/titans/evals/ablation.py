@@ -149,6 +149,8 @@ class AblationConfig:
     def __post_init__(self) -> None:
         if not self.parts or not self.seeds:
             raise ValueError("parts or seeds is empty: expected at least one of each")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must not be negative, got {list(self.seeds)}")
         for name in self.parts:
             if name not in PARTS:
                 raise ValueError(unknown("part", name, tuple(PARTS)))

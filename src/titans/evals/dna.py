@@ -77,6 +77,8 @@ class DNAConfig:
         require_positive(self, "epochs", "patience", "batch_size", "channels")
         if not self.models or not self.seeds:
             raise ValueError("models and seeds must name at least one each")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must not be negative, got {list(self.seeds)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.learning_rate <= 0 or self.limit < 0:

@@ -11,6 +11,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import date
@@ -57,17 +58,28 @@ def command(main: Callable[[], None]) -> None:
     except (ValueError, ImportError, OSError) as error:
         print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenProcessPool:
+        print(
+            f"{sys.argv[0]}: a worker was killed (out of memory?); the same command goes on",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 
-def runner_parser(text: str, runs: str | None = None) -> ArgumentParser:
+def runner_parser(text: str, runs: Path | None = None) -> ArgumentParser:
     """The options that all runners have: --workers, --table-only and, where it keeps trainings in
     a folder, --runs. text: the runner's docstring."""
     parser = ArgumentParser(description=text, formatter_class=RawDescriptionHelpFormatter)
     if runs is not None:
-        parser.add_argument("--runs", type=Path, default=Path(runs), help="folder of trainings")
+        parser.add_argument(
+            "--runs",
+            type=Path,
+            default=runs,
+            help="folder of trainings [runs/ in the project's folder]",
+        )
     parser.add_argument("--workers", type=at_least_one, default=1, help="processes side by side")
     parser.add_argument("--table-only", action="store_true", help="from the finished rows")
     return parser

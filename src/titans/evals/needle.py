@@ -104,9 +104,11 @@ def needle(
     (words,) = expand_paths((config.words,))
     in_prose = any(KINDS[kind].haystack == "prose" for kind in config.kinds)
     text = prose(expand_paths(config.paths), tokenizer, held_out=True) if in_prose else None
+    tasks = {kind: NeedleTask(kind, words, text, tokenizer, held_out=True) for kind in config.kinds}
+    for task in tasks.values():  # a length that is too short is refused before any is asked
+        task.sample(min(config.lengths), np.random.default_rng((config.seed, 0)))
     cells = []
-    for kind in config.kinds:
-        task = NeedleTask(kind, words, text, tokenizer, held_out=True)
+    for kind, task in tasks.items():
         for length in config.lengths:
             for depth in config.depths or (None,):
                 cells.append(ask(model, config, tokenizer, task, kind, length, depth))

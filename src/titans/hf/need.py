@@ -13,5 +13,5 @@ def require_transformers() -> None:
     if not major.isdigit() or int(major) < LOWEST:
         raise ImportError(
             f"titans.hf needs transformers {LOWEST} or later, found {__version__}: "
-            "pip install 'titans[hf]'"
+            "pip install -e '.[hf]'"
         )

@@ -342,6 +342,14 @@ def write_model(path: str | Path, config: TitansConfig, tensors: dict[str, Tenso
     write_safetensors(Path(path), tensors, metadata)
 
 
+def is_model_file(path: str | Path) -> bool:
+    """Is it one of `TitansLM.save`?"""
+    try:
+        return read_safetensors(path)[1].get("format") == FORMAT
+    except ValueError:
+        return False
+
+
 def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
     """A model saved by `TitansLM.save`, in float32 (float64 if saved so), in eval mode.
 

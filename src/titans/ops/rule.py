@@ -114,7 +114,8 @@ GateSet = tuple[int, int | None, int | None]
 
 class MemoryOutput(NamedTuple):
     """output: (B, T, H, V) reads. state: after the last token.
-    surprise: (B, T, H), norm of the momentary surprise: the error signal at the last layer."""
+    surprise: (B, T, H), norm of the momentary surprise: the error signal at the last layer, as
+    `max_surprise` has left it."""
 
     output: Tensor
     state: RuleState

@@ -3,7 +3,7 @@
 try:
     import starlette  # noqa: F401
 except ImportError as error:
-    raise ImportError("serving needs `pip install titans[studio]`") from error
+    raise ImportError("serving needs `pip install -e '.[studio]'`") from error
 
 from titans.serve.app import create_app
 from titans.serve.settings import ServeSettings

@@ -34,7 +34,7 @@ def run(
     try:
         import uvicorn
     except ImportError as error:
-        raise ImportError("serving needs `pip install titans[studio]`") from error
+        raise ImportError("serving needs `pip install -e '.[studio]'`") from error
 
     if settings.token is None and not is_local(settings.host):
         settings = replace(settings, token=secrets.token_urlsafe(24))

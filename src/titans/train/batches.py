@@ -232,6 +232,7 @@ def open_text(config: RunConfig) -> Data:
 
 def open_documents(paths: list[Path], name: str | None) -> tuple[Documents, Tokenizer]:
     """The documents, and the tokenizer that made or makes their tokens."""
+    check_alone(paths)
     if len(paths) == 1 and (paths[0] / "index.json").is_file():
         shards = Shards.open(paths[0])
         if name is not None and load_tokenizer(name).vocab_size != shards.vocab_size:
@@ -247,7 +248,15 @@ def open_documents(paths: list[Path], name: str | None) -> tuple[Documents, Toke
     return with_ends(python_text(held_out=False)), tokenizer
 
 
+def check_alone(paths: list[Path]) -> None:
+    """ValueError for a prepared folder among other paths."""
+    for path in paths if len(paths) > 1 else ():
+        if (path / "index.json").is_file() or (path / "train" / "index.json").is_file():
+            raise ValueError(f"{path}: is a prepared folder, which is taken alone")
+
+
 def open_held_out(paths: list[Path], tokenizer: Tokenizer) -> Documents:
+    check_alone(paths)
     if len(paths) != 1 or not (paths[0] / "index.json").is_file():
         return from_files(paths, tokenizer)
     shards = Shards.open(paths[0])

@@ -83,7 +83,7 @@ def require_loggers(names: Sequence[str]) -> None:
     """ImportError naming the extra, before anything is written, where one is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ImportError(f"train.log = {name} needs `pip install titans[log]`")
+            raise ImportError(f"train.log = {name} needs `pip install -e '.[log]'`")
 
 
 class TensorBoardLogger:

@@ -27,7 +27,7 @@ def missing() -> str | None:
     try:
         import playwright  # noqa: F401
     except ImportError:
-        return "Playwright is not installed: pip install titans[browser]"
+        return "Playwright is not installed: pip install -e '.[browser]'"
     if chromium() is None:
         return "there is no Chromium: apt-get install chromium"
     return None

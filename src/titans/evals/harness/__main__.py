@@ -10,7 +10,9 @@ from titans.evals.harness import model as model  # registers
 def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
-    if len(sys.argv) > 2 and "--include_path" not in sys.argv:
+    if len(sys.argv) > 2 and not any(
+        argument.split("=")[0] == "--include_path" for argument in sys.argv
+    ):
         sys.argv += ["--include_path", str(TASKS)]
     cli_evaluate()
 

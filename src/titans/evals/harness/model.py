@@ -19,7 +19,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(
-        "lm-evaluation-harness is not installed: `pip install titans[eval]`"
+        "lm-evaluation-harness is not installed: `pip install -e '.[eval]'`"
     ) from error
 
 from titans.data.choices import Item, Option

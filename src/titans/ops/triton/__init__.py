@@ -42,7 +42,8 @@ def neural_memory_triton(
 
     block_size: a linear memory with chunk_size 1 and no norm takes the exact form, in blocks.
     precision: of matrix products; sums are float32 always. None is "ieee" (true float32) for
-        float32 inputs and "tf32" for shorter ones, whose numbers tf32 holds without loss.
+        float32 tokens and "tf32" for shorter ones, which it holds without loss; what the memory
+        holds itself is rounded to it in products.
 
     Raises ValueError for settings without a kernel or without a GPU, ImportError without triton.
     """
@@ -126,7 +127,7 @@ def check_available(device: torch.device | str) -> None:
     """ImportError without triton, ValueError without a GPU, in one line."""
     if importlib.util.find_spec("triton") is None:
         raise ImportError(
-            "impl='triton' needs triton, which is not installed: pip install titans[triton]"
+            "impl='triton' needs triton, which is not installed: pip install -e '.[triton]'"
         )
     kind = torch.device(device).type
     if kind != "cuda" and not interpreter_is_on():
