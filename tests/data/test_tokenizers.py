@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,8 +170,12 @@ def test_encode_document_refuses_ids_outside_the_vocabulary():
 
 
 def test_a_model_is_not_read_with_another_tokenizer(bpe):
-    assert tokenizer_of(257, None).name == "bytes"
-    assert tokenizer_of(bpe.vocab_size + 2, bpe) is bpe  # padded to a round number, say
+    def model(vocab_size):
+        config = SimpleNamespace(vocab_size=vocab_size)
+        return SimpleNamespace(config=config, tokenizer=None)
+
+    assert tokenizer_of(model(257), None).name == "bytes"
+    assert tokenizer_of(model(bpe.vocab_size + 2), bpe) is bpe  # padded to a round number, say
     for vocab_size, tokenizer in ((2048, None), (200, None), (bpe.vocab_size - 1, bpe)):
         with pytest.raises(ValueError, match=f"the model {vocab_size}: name the one"):
-            tokenizer_of(vocab_size, tokenizer)
+            tokenizer_of(model(vocab_size), tokenizer)

@@ -228,8 +228,15 @@ def test_a_foreign_tokenizer_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"was not prepared with data\.tokenizer"):
         open_data(tiny(data=shards))
     mixed = {"valid_paths": (str(tmp_path / "shards"),), "tokenizer": str(path)}
-    with pytest.raises(ValueError, match="has a vocabulary of 257, the training text one of"):
+    with pytest.raises(ValueError, match="was prepared with the tokenizer bytes, the training te"):
         open_data(tiny(data=mixed, model={"vocab_size": 400}))
+    # Another one of the same size is another one.
+    other = tmp_path / "other.json"
+    BPETokenizer.train(["tokens of a few other words"] * 9, 300, other)
+    prepare(texts, BPETokenizer.from_file(path), tmp_path / "pieces")
+    pieces = {"paths": (str(tmp_path / "pieces"),), "tokenizer": str(other)}
+    with pytest.raises(ValueError, match=r"was not prepared with data\.tokenizer"):
+        open_data(tiny(data=pieces, model={"vocab_size": 400}))
     python = {"paths": (), "tokenizer": str(path)}
     with pytest.raises(ValueError, match="the Python sources are read as bytes alone"):
         open_data(tiny(data=python))

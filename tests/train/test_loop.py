@@ -11,6 +11,7 @@ import torch
 
 import titans
 from titans.config import load_toml, to_toml
+from titans.data.tokenizers import ByteTokenizer, tokenizer_of
 from titans.train import loop
 from titans.train.batches import open_data
 from titans.train.checkpoint import checkpoints, held, latest
@@ -114,6 +115,23 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
     with held(tmp_path), pytest.raises(ValueError, match="another process trains in it"):
         train(config, tmp_path, progress=False)
     assert train(config, tmp_path, progress=False).finished
+
+
+def test_a_model_knows_the_tokenizer_it_was_trained_with(tiny, tmp_path):
+    """Another one of as many tokens would be taken, and every answer be wrong."""
+    path = train(tiny(steps=2), tmp_path, progress=False).checkpoint / "model.safetensors"
+    model = titans.load(path)
+    assert model.tokenizer == "bytes"
+    model.save(tmp_path / "copy.safetensors")
+    assert titans.load(tmp_path / "copy.safetensors").tokenizer == "bytes"
+    tokenizer_of(model, ByteTokenizer())
+
+    other = ByteTokenizer()
+    other.name = "backwards"
+    with pytest.raises(ValueError, match="with the tokenizer bytes, this one is backwards"):
+        tokenizer_of(model, other)
+    model.tokenizer = None  # as files have it that are older
+    tokenizer_of(model, other)
 
 
 def test_a_run_goes_on_with_other_manners(tiny, tmp_path):

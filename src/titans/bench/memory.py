@@ -66,7 +66,7 @@ def bench_memory(
     ValueError for a model that does not read bytes, and a text too short for the facts.
     """
     model = load(bench.model or asset("demo.safetensors"), bench.device)
-    tokenizer_of(model.config.vocab_size, None)  # the text is read as bytes
+    tokenizer_of(model, None)  # the text is read as bytes
     name, haystack = hidden_facts(bench)
     size = haystack.tokens.shape[1]
     watch(f"reading {size:,} bytes of {name}")

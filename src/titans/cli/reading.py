@@ -64,7 +64,7 @@ def open_tokenizer(name: str, model: "TitansLM") -> "Tokenizer":
     """The tokenizer of that name, which must be the model's."""
     from titans.data.tokenizers import load_tokenizer, tokenizer_of
 
-    return tokenizer_of(model.config.vocab_size, load_tokenizer(name))
+    return tokenizer_of(model, load_tokenizer(name))
 
 
 def open_memory(path: Path, model: "TitansLM", tokenizer: "Tokenizer") -> "ModelState":

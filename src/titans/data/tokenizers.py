@@ -154,19 +154,38 @@ class BPETokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def tokenizer_of(vocab_size: int, tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer for a model of so many tokens; None is that of bytes.
+@runtime_checkable
+class Reader(Protocol):
+    """A `TitansLM`, as far as its tokens go. tokenizer: the identity of the one it was trained
+    with, None where that is not known."""
 
-    ValueError for one with more tokens than the model, or with fewer than half of them: the
-    model's own was not named.
+    config: Any
+    tokenizer: str | None
+
+
+def tokenizer_of(model: Reader, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer for a model; None is that of bytes.
+
+    ValueError for another one than it was trained with; where that is not known, for one with
+    more tokens than the model, or with fewer than half of them.
     """
-    tokenizer = tokenizer or ByteTokenizer()
+    tokenizer, vocab_size = tokenizer or ByteTokenizer(), model.config.vocab_size
     if not tokenizer.vocab_size <= vocab_size <= 2 * tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
             f"{vocab_size}: name the one it was trained with"
         )
+    check_tokenizer("the model", model, tokenizer)
     return tokenizer
+
+
+def check_tokenizer(name: str, model: Reader, tokenizer: Tokenizer) -> None:
+    """ValueError for another tokenizer than the model is known to have been trained with."""
+    given = tokenizer_identity(tokenizer)
+    if model.tokenizer not in (None, given):
+        raise ValueError(
+            f"{name} was trained with the tokenizer {model.tokenizer}, this one is {given}"
+        )
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

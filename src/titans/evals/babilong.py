@@ -91,7 +91,7 @@ def babilong(
     The same questions are asked at every length. ValueError for files that are missing
     and a tokenizer that is not the model's.
     """
-    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     (folder,) = expand_paths((config.folder,))
     text = noise(tokenizer)  # of which facts alone need none
     if any(config.lengths):

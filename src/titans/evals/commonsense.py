@@ -86,7 +86,7 @@ def commonsense(
     Raises ValueError, in one line and before any question is asked, for a file that is none of
     the layouts and for a tokenizer that is not the model's.
     """
-    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     tasks = []
     files = [
         (path, list(islice(read_choices(path, config.answer), config.limit or None)))

@@ -138,7 +138,7 @@ def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
     positions: tuple[PositionLoss, ...] = ()
     if model is not None:
         try:
-            tokenizer_of(model.config.vocab_size, None)
+            tokenizer_of(model, None)
         except ValueError:
             raise ValueError(
                 f"expected a model that reads bytes, got {model.config.vocab_size} tokens"

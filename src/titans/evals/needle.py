@@ -100,7 +100,7 @@ def needle(
     files that are missing, a tokenizer that is not the
     model's and lengths that do not hold a question.
     """
-    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     (words,) = expand_paths((config.words,))
     in_prose = any(KINDS[kind].haystack == "prose" for kind in config.kinds)
     text = prose(expand_paths(config.paths), tokenizer, held_out=True) if in_prose else None

@@ -146,7 +146,7 @@ def perplexity(
     Raises ValueError, in one line, for files that cannot be read, a tokenizer that is not
     the model's, and where no document has two tokens.
     """
-    tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     positions, scored = Positions(), []
     begin, before = 0, None
     documents = tokenized(config, tokenizer)

@@ -24,7 +24,7 @@ def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None =
         raise ValueError(f"{folder}: holds a model file that would be replaced")
     given: dict[str, Any] = {}
     if tokenizer is not None:
-        tokenizer = tokenizer_of(model.config.vocab_size, tokenizer)
+        tokenizer = tokenizer_of(model, tokenizer)
         given = {"eos_token_id": tokenizer.end_of_document}
     TitansForCausalLM.from_titans(model, **given).save_pretrained(folder)
     if tokenizer is not None:

@@ -171,6 +171,7 @@ class TitansLM(nn.Module):
         super().__init__()
         self.config = config
         self.config_hash = config.hash()
+        self.tokenizer: str | None = None  # identity of the one it was trained with, if known
         self.gradient_checkpointing = False
         self.peers: Peers | None = None
         self.team: Peers | None = None
@@ -322,7 +323,7 @@ class TitansLM(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in names
         }
-        write_model(path, self.config, tensors)
+        write_model(path, self.config, tensors, self.tokenizer)
 
     @property
     def parameter_count(self) -> int:
@@ -330,15 +331,18 @@ class TitansLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def write_model(path: str | Path, config: TitansConfig, tensors: dict[str, Tensor]) -> None:
+def write_model(
+    path: str | Path,
+    config: TitansConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: str | None = None,
+) -> None:
     """The file of `TitansLM.save` from a model's parameters, by name."""
     content = json.dumps(to_dict(config))
-    metadata = {
-        "format": FORMAT,
-        "version": str(FORMAT_VERSION),
-        "config": content,
-        "sha256": digest(tensors, content),
-    }
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "config": content}
+    if tokenizer is not None:
+        metadata["notes"] = json.dumps({"tokenizer": tokenizer})
+    metadata["sha256"] = digest(tensors, content + metadata.get("notes", ""))
     write_safetensors(Path(path), tensors, metadata)
 
 
@@ -353,15 +357,19 @@ def is_model_file(path: str | Path) -> bool:
 def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
     """A model saved by `TitansLM.save`, in float32 (float64 if saved so), in eval mode.
 
-    Raises ValueError of one line for a file that is missing, damaged or not a model.
+    Its `tokenizer` is the identity (`titans.data.tokenizers.tokenizer_identity`) of the one it was
+    trained with, where the file says so. Raises ValueError of one line for a file that is missing,
+    damaged or not a model.
     """
     tensors, metadata = read_safetensors(path)
     check_header(path, tensors, metadata, "model", FORMAT_VERSION, "config")
     try:
         config = build(TitansConfig, json.loads(metadata["config"]))
+        tokenizer = json.loads(metadata.get("notes", "{}")).get("tokenizer")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config does not fit this release ({error})") from None
     model = TitansLM(config)
+    model.tokenizer = tokenizer
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != got:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from titans.data.tokenizers import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from titans.demo import asset
 from titans.models.lm import TitansLM, load
 from titans.serve import completions, sessions
@@ -73,7 +73,9 @@ def create_app(settings: ServeSettings, extra_routes: Sequence[BaseRoute] = ()) 
 
 
 def check_vocabulary(name: str, model: TitansLM, tokenizer: Tokenizer) -> None:
-    """Text alone makes no end of document, which a model of bytes may therefore lack."""
+    """ValueError for a tokenizer that is not the model's. Text alone makes no end of document,
+    which a model of bytes may therefore lack."""
+    check_tokenizer(f"model {name!r}", model, tokenizer)
     needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
     if model.config.vocab_size < needed:
         raise ValueError(

@@ -16,7 +16,13 @@ from titans.data.haystack import Ring, prose
 from titans.data.needle import KINDS, NeedleBatches, NeedleTask
 from titans.data.shards import Shards
 from titans.data.text import IGNORED, TextWindows, from_files
-from titans.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
+from titans.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    token_dtype,
+    tokenizer_identity,
+)
 from titans.train.config import DataConfig, RunConfig, Stage
 
 # Of every run, whatever its own seed, so that runs are compared on the same data. NumPy takes
@@ -48,10 +54,15 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """splits: one for each stage of the curriculum. in_bytes: is a token a byte?"""
+    """splits: one for each stage of the curriculum. tokenizer: what made the tokens."""
 
     splits: list[Split]
-    in_bytes: bool
+    tokenizer: Tokenizer
+
+    @property
+    def in_bytes(self) -> bool:
+        """Is a token a byte?"""
+        return isinstance(self.tokenizer, ByteTokenizer)
 
     def at(self, step: int) -> Split:
         return [split for split in self.splits if split.begin <= step][-1]
@@ -127,7 +138,7 @@ def open_facts(config: RunConfig) -> Data:
             seed=seed,
         )
 
-    return Data(by_stage(config, batches, texts, valid), in_bytes=True)
+    return Data(by_stage(config, batches, texts, valid), ByteTokenizer())
 
 
 def check_room(stage: Stage) -> None:
@@ -166,7 +177,7 @@ def open_needle(config: RunConfig) -> Data:
         )
 
     splits = by_stage(config, batches, tasks(held_out=False), tasks(held_out=True))
-    return Data(splits, in_bytes=isinstance(tokenizer, ByteTokenizer))
+    return Data(splits, tokenizer)
 
 
 def open_babi(config: RunConfig) -> Data:
@@ -195,7 +206,7 @@ def open_babi(config: RunConfig) -> Data:
         )
 
     splits = by_stage(config, batches, train, valid)
-    return Data(splits, in_bytes=isinstance(tokenizer, ByteTokenizer))
+    return Data(splits, tokenizer)
 
 
 def open_prose(config: RunConfig, tokenizer: Tokenizer, held_out: bool) -> Ring:
@@ -227,7 +238,7 @@ def open_text(config: RunConfig) -> Data:
         if valid is None
         else TextBatches(valid, data, train.tokens_per_batch, EVALUATION_SEED),
     )
-    return Data([split], in_bytes=isinstance(tokenizer, ByteTokenizer))
+    return Data([split], tokenizer)
 
 
 def open_documents(paths: list[Path], name: str | None) -> tuple[Documents, Tokenizer]:
@@ -235,11 +246,12 @@ def open_documents(paths: list[Path], name: str | None) -> tuple[Documents, Toke
     check_alone(paths)
     if len(paths) == 1 and (paths[0] / "index.json").is_file():
         shards = Shards.open(paths[0])
-        if name is not None and load_tokenizer(name).vocab_size != shards.vocab_size:
+        tokenizer = shards.tokenizer()
+        if name is not None and not one_tokenizer(load_tokenizer(name), tokenizer):
             raise ValueError(
                 f"{paths[0]}: was not prepared with data.tokenizer {name!r}; leave that key out"
             )
-        return shards, shards.tokenizer()
+        return shards, tokenizer
     tokenizer = load_tokenizer(name or "bytes")
     if paths:
         return from_files(paths, tokenizer), tokenizer
@@ -260,12 +272,17 @@ def open_held_out(paths: list[Path], tokenizer: Tokenizer) -> Documents:
     if len(paths) != 1 or not (paths[0] / "index.json").is_file():
         return from_files(paths, tokenizer)
     shards = Shards.open(paths[0])
-    if shards.vocab_size != tokenizer.vocab_size:
+    theirs = shards.tokenizer()
+    if not one_tokenizer(theirs, tokenizer):
         raise ValueError(
-            f"{paths[0]}: has a vocabulary of {shards.vocab_size}, the training text one of "
-            f"{tokenizer.vocab_size}"
+            f"{paths[0]}: was prepared with the tokenizer {tokenizer_identity(theirs)}, the "
+            f"training text with {tokenizer_identity(tokenizer)}"
         )
     return shards
+
+
+def one_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
+    return tokenizer_identity(first) == tokenizer_identity(second)
 
 
 def with_ends(texts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ import torch
 
 from titans.data.documents import expand_paths
 from titans.data.facts import Batch
+from titans.data.tokenizers import check_tokenizer, tokenizer_identity
 from titans.models.lm import TitansLM, load
 from titans.state import ModelState
 from titans.train.batches import Data, open_data
@@ -105,6 +106,8 @@ def train(
         start = here.on_first(begin)
         training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
+        check_tokenizer(f"{folder}: the model", training.model, data.tokenizer)
+        training.model.tokenizer = tokenizer_identity(data.tokenizer)
         file: MetricsFile | None = None
         loggers: list[Logger] = []
         if here.first:

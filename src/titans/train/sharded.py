@@ -84,7 +84,7 @@ def export(model: TitansLM, path: Path, here: Processes) -> None:
         if here.first:
             whole[name] = tensor.cpu().contiguous()
     if here.first:
-        write_model(path, model.config, whole)
+        write_model(path, model.config, whole, model.tokenizer)
 
 
 def load_sharded(folder: Path, training: Training, accumulate: int, here: Processes) -> None:

@@ -60,7 +60,7 @@ class HarnessLM(LM):
             device = "cpu"  # lm-eval's command says cuda:0 where the user says nothing
         self.model = model if device is None else model.to(device)
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-        self.text = tokenizer_of(self.model.config.vocab_size, given)
+        self.text = tokenizer_of(self.model, given)
         self.rows, self.write = int(batch_size), write
         self._device = next(self.model.parameters()).device
 
