@@ -116,6 +116,23 @@ def test_asking_is_generating_after_the_memory(capsys, tmp_path, model_file, tex
     assert asked == capsys.readouterr().out
 
 
+def test_a_text_in_another_encoding_is_found_before_all_is_read(
+    capsys, tmp_path, model_file, monkeypatch
+) -> None:
+    """Hours of reading are not lost to the last of many books; and it can be read."""
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("one book. " * 50, encoding="utf-8")
+    (tmp_path / "books" / "b.txt").write_text("café", encoding="latin-1")
+    memory = tmp_path / "books.memory"
+    with monkeypatch.context() as patch:
+        patch.setattr(titans.TitansLM, "run", lambda *a: pytest.fail("it began to read"))
+        wrong = refused(capsys, "read", model_file, tmp_path / "books", "-o", memory)
+    assert "b.txt: expected UTF-8 text, got byte 0xe9" in wrong
+    given = ("--encoding", "auto", "--json")
+    told = run(capsys, "read", model_file, tmp_path / "books", "-o", memory, *given)
+    assert json.loads(told)["tokens"] == 500 + len("café".encode())
+
+
 def test_info_says_what_the_file_holds(capsys, tmp_path, model_file, texts) -> None:
     memory = tmp_path / "a.memory"
     run(capsys, "read", model_file, texts[0], "-o", memory)
@@ -254,6 +271,9 @@ def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_fi
         (("read", model_file, texts[0], "-o", texts[0]), "is read here, expected another file"),
         (("read", model_file, texts[0], "-o", model_file), "is read here, expected another file"),
         (("read", model_file, texts[0], "-o", "/dev/null"), "/dev/null: is no regular file"),
+        (("read", model_file, texts[0], "--device", "gpu7", *out), "'gpu7' cannot be used"),
+        (("read", model_file, texts[0], "--encoding", "hex8", *out), "text encoding, got 'hex8'"),
+        (("ask", model_file, memory, "Once", "--stop", ""), "--stop is empty: expected a text"),
         ((), "required: ACTION"),
     ):
         assert message in refused(capsys, *arguments)

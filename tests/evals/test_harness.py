@@ -31,7 +31,8 @@ from lm_eval.api.registry import get_model
 from titans.evals.harness import data
 from titans.evals.harness import model as harness_model
 from titans.evals.harness.model import HarnessLM
-from titans.evals.harness.until import Until, continuations
+from titans.evals.harness.until import GREEDY, parse_until
+from titans.generate import Until, tell
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TITANS_DATA_DIR", "absent")) / "commonsense"
@@ -297,7 +298,8 @@ class Recites(TitansLM):
 
 def recite(until: Until, *strings: str, prompts: int = 1) -> list[str]:
     """What a model says that has read the first string and knows how it goes on."""
-    return continuations(Recites(), Pieces(*strings), [[0]] * prompts, until, [0] * prompts)
+    until = dataclasses.replace(until, sampling=GREEDY)
+    return [text for text, _ in tell(Recites(), Pieces(*strings), [[0]] * prompts, until)]
 
 
 @pytest.mark.parametrize(
@@ -333,8 +335,8 @@ class Padded(Recites):
 
 
 def test_ids_that_only_fill_the_vocabulary_are_not_said() -> None:
-    said = continuations(Padded(), Pieces("?", "ab", "c"), [[0]], Until(), [0])
-    assert said == ["abc"]
+    ((said, tokens),) = tell(Padded(), Pieces("?", "ab", "c"), [[0]], Until(sampling=GREEDY))
+    assert (said, tokens) == ("abc", 3)
 
 
 def greedy(model: TitansLM, prompt: str, count: int) -> str:
@@ -380,7 +382,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_rows(without_shape_checks) ->
     ],
 )
 def test_settings_of_tasks(given, stop, tokens, temperature) -> None:
-    until = Until.parse(given)
+    until = parse_until(given)
     assert (until.stop, until.max_tokens) == (stop, tokens)
     assert until.sampling.temperature == temperature
 
@@ -524,8 +526,8 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys) -> None:
         (lambda: HarnessLM(build(), Pieces(*"abc" * 99)), "has 298 tokens, the model"),
         (lambda: HarnessLM(build(vocab_size=2048)), "has 257 tokens, the model 2048: name the one"),
         (lambda: HarnessLM("no.safetensors"), "no such file"),
-        (lambda: Until.parse({"num_beams": 4}), "'num_beams' is not supported: expected until"),
-        (lambda: Until.parse({"max_gen_toks": 0}), "must be at least 1, got 0"),
+        (lambda: parse_until({"num_beams": 4}), "'num_beams' is not supported: expected until"),
+        (lambda: parse_until({"max_gen_toks": 0}), "must be at least 1, got 0"),
         (
             lambda: HarnessLM(build()).loglikelihood(ask("loglikelihood", ("a", "")), True),
             "a continuation of 'a' is empty",

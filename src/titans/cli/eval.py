@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from titans.cli.fields import add_fields, from_options
 from titans.cli.parser import Parser, add_json, verb
-from titans.cli.reading import open_model
+from titans.cli.reading import add_device, open_model
 
 
 class Suite(NamedTuple):
@@ -76,11 +76,7 @@ class SuiteParser(Parser):
                     "--tokenizer", default="bytes", help="'bytes' or a tokenizer.json"
                 )
             if suite.reads:
-                self.add_argument(
-                    "--device",
-                    default="auto",
-                    help="cpu, cuda, ...; auto is the first GPU, where there is one",
-                )
+                add_device(self)
             add_fields(self, getattr(load_suite(suite), suite.config))
             self.add_argument(
                 "--out",

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from titans.cli.parser import add_json, count, verb
 from titans.cli.reading import (
+    add_device,
+    add_encoding,
     add_model,
     add_read,
     add_sampling,
     add_tokenizer,
     check_target,
-    open_memory,
+    open_all,
     open_model,
-    open_tokenizer,
     read_prompt,
     read_texts,
     reading_line,
     run_read,
-    sampling,
     save_memory,
+    until,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def add_memory(verbs: Any) -> None:
     fork.add_argument("-o", "--output", type=Path, required=True, help="write the copy here")
     fork.add_argument("--model", help="its model, to read on with")
     fork.add_argument("--text", nargs="+", metavar="TEXT", help="read these on; - for stdin")
+    add_device(fork)
     add_tokenizer(fork)
+    add_encoding(fork)
     add_json(fork)
 
     writes = verb(
@@ -74,34 +77,30 @@ def add_memory(verbs: Any) -> None:
     writes.add_argument("--top", type=count, default=10, help="tokens to name for each memory")
     writes.add_argument("--before", type=count, default=8, help="tokens to show before each")
     add_tokenizer(writes)
+    add_encoding(writes)
     add_json(writes)
 
 
 def run_ask(options: argparse.Namespace) -> None:
-    from titans.generate import generate
+    from titans.generate import tell
 
-    model = open_model(options.model)
-    tokenizer = open_tokenizer(options.tokenizer, model)
-    state = open_memory(options.memory, model, tokenizer)
+    how = until(options)
+    model, tokenizer, state = open_all(options)
+    assert state is not None
     if state.batch_size != 1:
         raise ValueError(
             f"{options.memory}: holds {state.batch_size} texts side by side, expected one"
         )
     prompts = [read_prompt(prompt) for prompt in options.prompts]
-    result = generate(
-        model,
-        [tokenizer.encode(prompt) for prompt in prompts],
-        options.max_tokens,
-        sampling=sampling(options),
-        stop=[tokenizer.encode(text) for text in options.stop],
-        state=state,
+    told = tell(
+        model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], how, state=state
     )
-    answers = [tokenizer.decode(tokens) for tokens in result.tokens]
+    answers = [text for text, _ in told]
     if options.json:
-        sizes = [len(tokens) for tokens in result.tokens]
-        found = zip(prompts, answers, sizes, strict=True)
-        names = ("prompt", "text", "tokens")
-        answered = [dict(zip(names, answer, strict=True)) for answer in found]
+        answered = [
+            {"prompt": prompt} | answer._asdict()
+            for prompt, answer in zip(prompts, told, strict=True)
+        ]
         print(json.dumps({"tokens_read": state.position, "answers": answered}))
     elif len(prompts) == 1:
         print(answers[0])
@@ -195,10 +194,8 @@ def run_fork(options: argparse.Namespace) -> None:
         state.save(options.output, read_notes(options.memory))
         line = f"{state.position:,} tokens read, state of {state.nbytes:,} bytes"
     else:
-        model = open_model(options.model)
-        tokenizer = open_tokenizer(options.tokenizer, model)
-        state = open_memory(options.memory, model, tokenizer)
-        state, report = read_texts(model, tokenizer, options.text, state)
+        model, tokenizer, before = open_all(options)
+        state, report = read_texts(model, tokenizer, options.text, before, options.encoding)
         save_memory(state, options.output, tokenizer)
         line = reading_line(report)
     report |= {
@@ -215,10 +212,8 @@ def run_writes(options: argparse.Namespace) -> None:
     from titans.data.tokenizers import encode_blocks
     from titans.inspect import writes
 
-    model = open_model(options.model)
-    tokenizer = open_tokenizer(options.tokenizer, model)
-    state = None if options.memory is None else open_memory(options.memory, model, tokenizer)
-    tokens = encode_blocks(tokenizer, read_blocks(options.texts))
+    model, tokenizer, state = open_all(options)
+    tokens = encode_blocks(tokenizer, read_blocks(options.texts, options.encoding))
     found = writes(model, tokens, state, top=options.top, before=options.before)
     report: list[dict[str, Any]] = []
     for number, written in enumerate(found):

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from titans.data.tokenizers import Tokenizer
-    from titans.generate import Sampling
+    from titans.generate import Until
     from titans.models.lm import TitansLM
     from titans.state import ModelState
 
@@ -24,6 +24,21 @@ DEMO = "demo"
 
 def add_model(parser: Parser) -> None:
     parser.add_argument("model", help="a model file (safetensors), or 'demo' for the packaged one")
+    add_device(parser)
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, ...; auto is the first GPU, where there is one",
+    )
+
+
+def add_encoding(parser: Parser) -> None:
+    parser.add_argument(
+        "--encoding", default="utf-8-sig", help="of plain text files, or auto [utf-8-sig]"
+    )
 
 
 def add_tokenizer(parser: Parser) -> None:
@@ -36,20 +51,29 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--min-p", type=float)
-    parser.add_argument("--stop", nargs="*", default=[], help="texts that end the answer")
+    parser.add_argument(
+        "--stop",
+        nargs="*",
+        default=[],
+        help="texts that end the answer; an end of document does too",
+    )
     parser.add_argument("--seed", type=int)
 
 
-def sampling(options: argparse.Namespace) -> "Sampling":
-    from titans.generate import Sampling
+def until(options: argparse.Namespace) -> "Until":
+    """How `add_sampling` wants texts told."""
+    from titans.generate import Sampling, Until
 
-    return Sampling(
+    if not all(options.stop):
+        raise ValueError("--stop is empty: expected a text")
+    sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
         seed=options.seed,
     )
+    return Until(stop=tuple(options.stop), max_tokens=options.max_tokens, sampling=sampling)
 
 
 def open_model(name: str, device: "torch.device | str" = "cpu") -> "TitansLM":
@@ -58,6 +82,19 @@ def open_model(name: str, device: "torch.device | str" = "cpu") -> "TitansLM":
     from titans.models.lm import load
 
     return load(asset("demo.safetensors") if name == DEMO else name, device)
+
+
+def open_all(
+    options: argparse.Namespace,
+) -> tuple["TitansLM", "Tokenizer", "ModelState | None"]:
+    """The model, its tokenizer and, where one is named, the memory to go on from."""
+    from titans.train.loop import choose_device
+
+    model = open_model(options.model, choose_device(options.device))
+    tokenizer = open_tokenizer(options.tokenizer, model)
+    if options.memory is None:
+        return model, tokenizer, None
+    return model, tokenizer, open_memory(options.memory, model, tokenizer)
 
 
 def open_tokenizer(name: str, model: "TitansLM") -> "Tokenizer":
@@ -72,7 +109,7 @@ def open_memory(path: Path, model: "TitansLM", tokenizer: "Tokenizer") -> "Model
     from titans.data.tokenizers import tokenizer_identity
     from titans.state import ModelState, read_notes
 
-    state = ModelState.load(path)
+    state = ModelState.load(path, next(model.parameters()).device)
     model.check_state(state, state.batch_size)
     given = tokenizer_identity(tokenizer)
     noted = read_notes(path).get("tokenizer", given)
@@ -106,8 +143,9 @@ def check_target(path: Path, read: Iterable[str | Path] = ()) -> None:
 def read_texts(
     model: "TitansLM",
     tokenizer: "Tokenizer",
-    texts: Iterable[str | Path],
+    texts: Sequence[str | Path],
     state: "ModelState | None",
+    encoding: str = "utf-8-sig",
 ) -> tuple["ModelState", dict[str, Any]]:
     """Read files, folders or standard input ("-") in one stream and in constant memory.
 
@@ -116,15 +154,16 @@ def read_texts(
     from rich.console import Console
     from rich.progress import Progress
 
-    from titans.data.documents import read_blocks
+    from titans.data.documents import check_readable, read_blocks
     from titans.data.tokenizers import encode_blocks
     from titans.generate import stream
 
+    check_readable(texts, encoding)
     nats, tokens, begin = 0.0, 0, time.perf_counter()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None)
-        for reading in stream(model, encode_blocks(tokenizer, read_blocks(texts)), state):
+        for reading in stream(model, encode_blocks(tokenizer, read_blocks(texts, encoding)), state):
             state = reading.state
             nats += float(reading.nll[:, 0 if tokens else 1 :].sum())
             tokens += reading.tokens.shape[1]
@@ -150,16 +189,15 @@ def add_read(parser: Parser, *output: str, required: bool) -> None:
         *output, dest="output", type=Path, required=required, help="write the memory here"
     )
     add_tokenizer(parser)
+    add_encoding(parser)
 
 
 def run_read(options: argparse.Namespace) -> None:
     """Read texts, after a memory or from the beginning, and save what is remembered."""
     if options.output is not None:
         check_target(options.output, [options.model, *options.texts])
-    model = open_model(options.model)
-    tokenizer = open_tokenizer(options.tokenizer, model)
-    state = None if options.memory is None else open_memory(options.memory, model, tokenizer)
-    state, report = read_texts(model, tokenizer, options.texts, state)
+    model, tokenizer, state = open_all(options)
+    state, report = read_texts(model, tokenizer, options.texts, state, options.encoding)
     if options.output is not None:
         save_memory(state, options.output, tokenizer)
     report["memory"] = None if options.output is None else str(options.output)

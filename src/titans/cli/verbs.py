@@ -13,12 +13,10 @@ from titans.cli.reading import (
     add_read,
     add_sampling,
     add_tokenizer,
-    open_memory,
-    open_model,
-    open_tokenizer,
+    open_all,
     read_prompt,
     run_read,
-    sampling,
+    until,
 )
 
 
@@ -165,20 +163,13 @@ def add_generate(verbs: Any) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from titans.generate import generate
+    from titans.generate import tell
 
-    model = open_model(options.model)
-    tokenizer = open_tokenizer(options.tokenizer, model)
-    result = generate(
-        model,
-        [tokenizer.encode(read_prompt(options.prompt))],
-        options.max_tokens,
-        sampling=sampling(options),
-        stop=[tokenizer.encode(text) for text in options.stop],
-        state=None if options.memory is None else open_memory(options.memory, model, tokenizer),
-    )
-    text = tokenizer.decode(result.tokens[0])
-    print(json.dumps({"text": text, "tokens": len(result.tokens[0])}) if options.json else text)
+    how = until(options)
+    model, tokenizer, state = open_all(options)
+    prompt = tokenizer.encode(read_prompt(options.prompt))
+    (told,) = tell(model, tokenizer, [prompt], how, state=state)
+    print(json.dumps(told._asdict()) if options.json else told.text)
 
 
 def add_stream(verbs: Any) -> None:

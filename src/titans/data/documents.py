@@ -76,10 +76,7 @@ def read_documents(
     `encoding`, no text in it, a line that is not a JSON object with a string under `text_key`.
     Also for an encoding that Python does not know.
     """
-    try:
-        codecs.lookup("utf-8" if encoding == AUTO else encoding)
-    except LookupError as error:
-        raise ValueError(f"expected the name of a text encoding, got {encoding!r}") from error
+    check_encoding(encoding)
     if isinstance(paths, (str, Path)):
         paths = [paths]
     for path, files in [(path, _files(Path(path))) for path in paths]:
@@ -92,6 +89,14 @@ def read_documents(
                 yield document
         if empty:
             raise ValueError(f"{path}: no text in it")
+
+
+def check_encoding(encoding: str) -> None:
+    """ValueError for the name of none."""
+    try:
+        codecs.lookup("utf-8" if encoding == AUTO else encoding)
+    except LookupError as error:
+        raise ValueError(f"expected the name of a text encoding, got {encoding!r}") from error
 
 
 class Block(NamedTuple):
@@ -109,6 +114,7 @@ def read_blocks(
     The path "-" is standard input, as plain text. One block is in memory at a time, and a line of
     a JSONL file. Raises ValueError as `read_documents` does.
     """
+    check_encoding(encoding)
     found = [(path, [STDIN] if str(path) == "-" else _files(Path(path))) for path in paths]
     for path, files in found:
         empty = True
@@ -120,12 +126,26 @@ def read_blocks(
             raise ValueError(f"{path}: no text in it")
 
 
+def check_readable(
+    paths: Iterable[str | Path], encoding: str = "utf-8-sig", size: int = 2**20
+) -> None:
+    """ValueError where a file of `paths` is not in `encoding`, told before a model has read the
+    others for hours. Standard input and pipes are read once, and not here."""
+    check_encoding(encoding)
+    for path in paths:
+        for file in _files(Path(path)) if str(path) != "-" else ():
+            if file.is_file():
+                with open_text(file, encoding_of(file, encoding)) as stream:
+                    while stream.read(size):
+                        pass
+
+
 def _file_blocks(path: Path, encoding: str, size: int) -> Iterator[Block]:
     if _kind(path) == ".jsonl":
         for document in _read_file(path, "text", encoding):
             yield Block(document.text, True)
         return
-    with open_text(path, encoding) as stream:
+    with open_text(path, encoding_of(path, encoding)) as stream:
         text = stream.read(size)
         while text:
             if "\0" in text:
@@ -207,15 +227,20 @@ def _kind(path: Path) -> str:
 
 def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
     """The documents of one file; none where a plain file holds no characters."""
-    if encoding == AUTO:
-        encoding = "utf-8-sig" if _is_utf8(path) else "latin-1"
-    with open_text(path, encoding) as stream:
+    with open_text(path, encoding_of(path, encoding)) as stream:
         if _kind(path) == ".jsonl":
             yield from _read_lines(stream, path, text_key)
         elif text := stream.read():
             if "\0" in text:
                 raise ValueError(f"{path}: expected text, got binary data (it has zero bytes)")
             yield Document(str(path), text)
+
+
+def encoding_of(path: Path, encoding: str) -> str:
+    """The encoding of a file, where "auto" leaves it open. Standard input is read once: UTF-8."""
+    if encoding != AUTO:
+        return encoding
+    return "utf-8-sig" if path is STDIN or _is_utf8(path) else "latin-1"
 
 
 def _is_utf8(path: Path) -> bool:

@@ -25,9 +25,9 @@ except ImportError as error:
 from titans.data.choices import Item, Option
 from titans.data.tokenizers import Tokenizer, encode, load_tokenizer, tokenizer_of
 from titans.evals.commonsense import EncodedOption, encode_item, likelihoods
-from titans.evals.harness.until import Until, continuations
+from titans.evals.harness.until import parse_until
 from titans.evals.perplexity import read_together
-from titans.generate import PIECE
+from titans.generate import PIECE, Until, tell
 from titans.models.lm import TitansLM, load
 
 
@@ -111,11 +111,11 @@ class HarnessLM(LM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What each (context, settings) goes on with; for the settings see `Until.parse`.
+        """What each (context, settings) goes on with; for the settings see `parse_until`.
 
         Prompts of one length and the same settings run side by side.
         """
-        wanted = [Until.parse(request.args[1]) for request in requests]
+        wanted = [parse_until(request.args[1]) for request in requests]
         prompts = [
             tuple(self.text.encode(request.args[0])) or (self.text.end_of_document,)
             for request in requests
@@ -128,15 +128,15 @@ class HarnessLM(LM):
         found = [""] * len(requests)
         for (until, _), group in tqdm(alike.items(), "prompts", disable=disable_tqdm or None):
             for indices in batches(group, self.rows):
-                texts = continuations(
+                texts = tell(
                     self.model,
                     self.text,
                     [prompts[i] for i in indices],
                     until,
-                    [seeds[i] for i in indices],
-                    self.write,
+                    seeds=[seeds[i] for i in indices],
+                    write=self.write,
                 )
-                for index, text in zip(indices, texts, strict=True):
+                for index, (text, _) in zip(indices, texts, strict=True):
                     found[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return found
