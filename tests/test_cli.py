@@ -1,6 +1,8 @@
 """The command line as a user meets it: results on stdout, bad input as one line and exit code 2."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,10 @@ import torch
 
 import titans
 from titans.cli import main
+from titans.config import load_toml
+from titans.data.shards import Shards
+from titans.data.tokenizers import load_tokenizer
+from titans.train.config import RunConfig
 
 
 @pytest.fixture
@@ -44,6 +50,28 @@ def test_presets_lists_and_prints_toml(capsys, tmp_path) -> None:
     assert load_toml(tmp_path / "c.toml", RunConfig).model == titans.preset("mal-tiny")
 
 
+def test_the_settings_of_a_training_are_a_config(capsys, tmp_path) -> None:
+    """Every field of every section, with its meaning, and what it reads back to is the default."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--settings"])
+    text = capsys.readouterr().out
+    (tmp_path / "all.toml").write_text(text)
+    assert load_toml(tmp_path / "all.toml", RunConfig) == RunConfig()
+    for line in ("# Largest norm of the whole gradient; 0 leaves it as it is.", "clip = 1.0"):
+        assert line in text.splitlines()
+    told = re.findall(r"^(?:# )?(\w+) = ", text, re.MULTILINE)
+    assert sorted(told) == sorted(name.split(".")[-1] for name in leaves(RunConfig()))
+
+
+def leaves(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
 def test_reading_a_text_in_two_parts_is_reading_it_at_once(capsys, tmp_path, model_file) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("It was the best of times, " * 40)
@@ -75,6 +103,31 @@ def test_generate_repeats_with_its_seed_and_goes_on_from_a_memory(
     assert run(capsys, *again) == one
 
 
+def test_a_tokenizer_is_learned_and_prepares_text(capsys, tmp_path) -> None:
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("she sells sea shells by the sea shore 9f0d " * 9)
+    (tmp_path / "b.jsonl").write_text('{"body": "one more of them"}\n')
+    path = tmp_path / "made" / "tokenizer.json"
+    told = run(
+        capsys,
+        *("data", "tokenizer", tmp_path / "a.txt", tmp_path / "b.jsonl", "--text-key", "body"),
+        *("--size", 300, "--codes-apart", "--out", path, "--json"),
+    )
+    tokenizer = load_tokenizer(path)
+    assert json.loads(told) == {"tokenizer": str(path), "tokens": tokenizer.vocab_size}
+    assert 257 < tokenizer.vocab_size <= 300
+    assert len(tokenizer.encode("9f0d")) == 4
+    assert "expected vocab_size >= 257" in refused(
+        capsys, "data", "tokenizer", tmp_path / "a.txt", "--size", 9, "--out", path
+    )
+    assert load_tokenizer(path).vocab_size == tokenizer.vocab_size
+    run(
+        capsys,
+        *("data", "prepare", tmp_path / "a.txt", "--tokenizer", path, "--out", tmp_path / "s"),
+    )
+    assert Shards.open(tmp_path / "s").vocab_size == tokenizer.vocab_size
+
+
 def test_data_prepare_writes_shards_that_open(capsys, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -82,7 +135,6 @@ def test_data_prepare_writes_shards_that_open(capsys, tmp_path) -> None:
     paths = (tmp_path / "a.txt", tmp_path / "b.jsonl")
     line = run(capsys, "data", "prepare", *paths, "--out", out)
     assert "3 documents, 20 tokens" in line
-    from titans.data.shards import Shards
 
     assert bytes(Shards.open(out).document(0)[:-1].astype("uint8")) == b"hello world"
 

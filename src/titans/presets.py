@@ -13,7 +13,14 @@ The bound on a token's gradient (`max_surprise`) is ours in all of them: docs/st
 import dataclasses
 
 from titans.baselines import BASELINES, has_convolution
-from titans.config import VARIANTS, MemoryConfig, TitansConfig, Variant, unknown
+from titans.config import (
+    VARIANTS,
+    MemoryConfig,
+    TitansConfig,
+    Variant,
+    has_memory,
+    unknown,
+)
 
 # layers, dim, heads. tiny and small are ours.
 OWN_SIZES = {"tiny": (2, 64, 2), "small": (4, 128, 2), "base": (8, 256, 4)}
@@ -78,9 +85,14 @@ def matched(config: TitansConfig, variant: Variant, parameters: int) -> TitansCo
     how its keys start and what its gates see from there, and all else of the memory from
     `titans.baselines`; linear-attention and lightning have no convolution unless `conv_width` of
     `config.memory` is other than the default.
-    ValueError if the mixers alone have too many parameters, or none comes near.
+    ValueError if the mixers alone have too many parameters, or none comes near, and for a Titans
+    of a baseline's config, whose memory is the baseline's.
     """
     memory = config.memory
+    if variant not in BASELINES and config.variant in BASELINES and has_memory(config.variant):
+        raise ValueError(
+            f"the memory of this config is {config.variant!r}'s: match from that of a Titans"
+        )
     if variant in BASELINES:
         given = dataclasses.asdict(memory)
         sizes: tuple[str, ...] = ("dim", "heads", "head_dim", "conv_width", "gate_input")

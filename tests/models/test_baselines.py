@@ -468,3 +468,6 @@ def test_matched_parameters(variant: str) -> None:
 def test_what_cannot_be_matched_is_refused() -> None:
     with pytest.raises(ValueError, match=r"variant 'rwkv7' of this width has .* expected 100,000"):
         matched(preset("mag-small"), "rwkv7", 100_000)
+    rival = matched(preset("mag-small"), "gated-deltanet", 10_000_000)
+    with pytest.raises(ValueError, match="the memory of this config is 'gated-deltanet''s: match"):
+        matched(rival, "lmm", 10_000_000)

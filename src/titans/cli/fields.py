@@ -70,6 +70,28 @@ def whole(text: str) -> int:
     return number
 
 
+def commented_toml(config: Any, name: str = "") -> str:
+    """A config as TOML, above every field what it means; a field that is None is a comment."""
+    from titans.config import table_to_toml
+
+    texts = field_docs(type(config))
+    lines = [f"\n[{name}]"] if name else []
+    tables = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(commented_toml(value, f"{name}.{field.name}" if name else field.name))
+            continue
+        text = texts.get(field.name, "").replace("%%", "%")
+        lines += textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="# ")
+        lines.append(
+            f"# {field.name} = none"
+            if value is None
+            else table_to_toml({field.name: value}).rstrip()
+        )
+    return "\n".join([*lines, *tables])
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """Field -> the string that stands after it in the source, of the class or one it extends."""
     found: dict[str, str] = {}

@@ -4,20 +4,25 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from titans.cli.parser import INTERRUPTED, add_json, count, verb
+from titans.cli.parser import INTERRUPTED, Parser, add_json, count, verb
 from titans.cli.reading import (
     add_model,
     add_read,
     add_sampling,
     add_tokenizer,
+    check_target,
     open_all,
     read_prompt,
     run_read,
     until,
 )
+
+if TYPE_CHECKING:
+    from titans.data.documents import Document
 
 
 def add_demo(verbs: Any) -> None:
@@ -73,11 +78,28 @@ def run_demo(options: argparse.Namespace) -> None:
 def add_train(verbs: Any) -> None:
     parser = verb(verbs, "train", run_train, "train a model from a TOML config")
     parser.epilog = "Any field can be overridden: --train.steps 100 --model.variant mag"
+    parser.add_argument(
+        "--settings",
+        action=PrintSettings,
+        nargs=0,
+        help="print every field, its meaning and its default as TOML, and exit",
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--out", type=Path, help="run folder; default runs/NAME of the config")
     parser.add_argument("--fresh", action="store_true", help="refuse to resume an existing run")
     parser.set_defaults(takes_overrides=True)
     add_json(parser)
+
+
+class PrintSettings(argparse.Action):
+    """Like --help: it needs no config."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from titans.cli.fields import commented_toml
+        from titans.train.config import RunConfig
+
+        print(commented_toml(RunConfig()).lstrip())
+        parser.exit()
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -99,23 +121,64 @@ def run_train(options: argparse.Namespace) -> None:
 def add_data(verbs: Any) -> None:
     group = verbs.add_parser("data", help="prepare text for training")
     actions = group.add_subparsers(dest="action", required=True, metavar="ACTION")
+    parser = verb(actions, "tokenizer", run_tokenizer, "learn a byte-pair encoding of texts")
+    parser.add_argument("paths", nargs="+", help="text, .gz, .jsonl files or folders")
+    parser.add_argument("--size", type=count, default=8192, help="tokens, at most [8192]")
+    parser.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
+    parser.add_argument(
+        "--codes-apart",
+        action="store_true",
+        help="letters and digits of codes such as 9f0d are tokens of their own",
+    )
+    add_reading(parser)
+    add_json(parser)
     parser = verb(actions, "prepare", run_prepare, "write memory-mapped token shards")
     parser.add_argument(
         "paths", nargs="+", help="text, .gz, .jsonl files or folders; hub:NAME for a data set"
     )
     parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--text-key", default="text", help="field of a JSON line")
     parser.add_argument("--split", help="of a data set [train]")
     parser.add_argument("--config", help="of a data set, e.g. sample-10BT")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="documents held out")
-    parser.add_argument("--strip-gutenberg", action="store_true", help="drop Gutenberg's notices")
-    parser.add_argument("--encoding", help="of plain text files, or auto [utf-8-sig]")
+    add_reading(parser)
     add_json(parser)
 
 
+def add_reading(parser: Parser) -> None:
+    """How files are read; `encoding` is None where it is not given."""
+    parser.add_argument("--text-key", default="text", help="field of a JSON line")
+    parser.add_argument("--strip-gutenberg", action="store_true", help="drop Gutenberg's notices")
+    parser.add_argument("--encoding", help="of plain text files, or auto [utf-8-sig]")
+
+
+def read_files(options: argparse.Namespace) -> Iterator["Document"]:
+    """The documents that `paths` and the options of `add_reading` name."""
+    from titans.data.documents import read_documents
+
+    return read_documents(
+        options.paths,
+        text_key=options.text_key,
+        strip_gutenberg=options.strip_gutenberg,
+        encoding=options.encoding or "utf-8-sig",
+    )
+
+
+def run_tokenizer(options: argparse.Namespace) -> None:
+    from titans.data.tokenizers import CODES, BPETokenizer
+
+    check_target(options.out, options.paths)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    texts = (document.text for document in read_files(options))
+    isolate = CODES if options.codes_apart else None
+    tokenizer = BPETokenizer.train(texts, options.size, options.out, isolate=isolate)
+    report = {"tokenizer": str(options.out), "tokens": tokenizer.vocab_size}
+    line = f"{options.out}: {tokenizer.vocab_size:,} tokens"
+    print(json.dumps(report) if options.json else line)
+
+
 def run_prepare(options: argparse.Namespace) -> None:
-    from titans.data.documents import hub_documents, read_documents
+    from titans.data.documents import hub_documents
     from titans.data.shards import prepare
     from titans.data.tokenizers import load_tokenizer
 
@@ -135,12 +198,7 @@ def run_prepare(options: argparse.Namespace) -> None:
             config=options.config,
         )
     else:
-        documents = read_documents(
-            options.paths,
-            text_key=options.text_key,
-            strip_gutenberg=options.strip_gutenberg,
-            encoding=options.encoding or "utf-8-sig",
-        )
+        documents = read_files(options)
     info = prepare(
         documents,
         load_tokenizer(options.tokenizer),
