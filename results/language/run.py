@@ -79,6 +79,7 @@ MODELS: dict[str, tuple[Variant, MemoryConfig]] = {
     "Transformer++": ("transformer", LINEAR),
     "Sliding attention": ("sliding", LINEAR),
     "Gated DeltaNet": ("gated-deltanet", LINEAR),
+    "Gated DeltaNet with sliding attention": ("gated-deltanet-h2", LINEAR),
     "TTT-MLP": ("ttt-mlp", LINEAR),
     "RWKV-7": ("rwkv7", LINEAR),
     "Mamba2": ("mamba2", LINEAR),

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,28 +172,36 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file; never pickles. ValueError of one line when it cannot."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        # clone: a tensor must not keep pointing into a file that may be replaced.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return tensors, metadata
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """The file, as `safetensors.safe_open` has it; ValueError of one line when it cannot."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            # clone: a tensor must not keep pointing into a file that may be replaced.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable safetensors file ({reason})") from None
-    return tensors, metadata
 
 
 def read_notes(path: str | Path) -> dict[str, str]:
-    """What was kept in a state's file besides the state."""
-    _, metadata = read_safetensors(path)
+    """What a memory's or a model's file keeps besides its tensors; these are not read."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
     try:
         return dict(json.loads(metadata.get("notes", "{}")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged memory file ({error})") from None
+        raise ValueError(f"{path}: damaged file ({error})") from None
 
 
 def check_header(

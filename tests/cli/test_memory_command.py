@@ -268,6 +268,10 @@ def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_fi
         (("fork", memory, *out, "--text", texts[1]), "give both --model and --text"),
         (("fork", memory, *out, "--model", model_file, "--text", binary), "binary.txt"),
         (("fork", memory, "-o", memory), "a.memory: is read here, expected another file"),
+        (
+            ("fork", memory, "-o", model_file, "--model", model_file, "--text", texts[1]),
+            "is read here, expected another file",
+        ),
         (("read", model_file, texts[0], "-o", texts[0]), "is read here, expected another file"),
         (("read", model_file, texts[0], "-o", model_file), "is read here, expected another file"),
         (("read", model_file, texts[0], "-o", "/dev/null"), "/dev/null: is no regular file"),

@@ -16,8 +16,10 @@ from titans.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
     encode_document,
+    identity_of,
     load_tokenizer,
     token_dtype,
+    tokenizer_identity,
     tokenizer_of,
 )
 
@@ -167,6 +169,19 @@ def test_encode_document_refuses_ids_outside_the_vocabulary():
 
     with pytest.raises(ValueError, match=r"tokenizer 'strange': expected ids in 0\.\.9, got 3"):
         encode_document(Strange(), "x")
+
+
+def test_a_tokenizers_identity_is_what_its_ids_mean(bpe):
+    """Releases of `tokenizers` write merges as pairs or with a space between, and new fields."""
+    rules = json.loads(bpe.rules)
+    merges = rules["model"]["merges"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for form in (pairs, [" ".join(pair) for pair in pairs]):
+        rules["model"]["merges"] = form
+        rules["something_new"] = None
+        assert identity_of(json.dumps(rules)) == tokenizer_identity(bpe)
+    rules["model"]["merges"] = pairs[:-1]
+    assert identity_of(json.dumps(rules)) != tokenizer_identity(bpe)
 
 
 def test_a_model_is_not_read_with_another_tokenizer(bpe):

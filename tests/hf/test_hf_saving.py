@@ -324,6 +324,7 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
     wrapped("lmm").save_pretrained(tmp_path / "g")
     assert "is a folder" in error(tmp_path / "g", tmp_path)
     assert "--tokenizer" in error(tmp_path / "g", tmp_path / "x", "--tokenizer", "bytes")
+    assert "is read here" in error(tmp_path / "g", tmp_path / "g" / "model.safetensors")
     tensors = load_file(tmp_path / "g" / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "g" / "model.safetensors", metadata={"format": "pt"})

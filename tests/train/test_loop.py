@@ -12,6 +12,7 @@ import torch
 import titans
 from titans.config import load_toml, to_toml
 from titans.data.tokenizers import ByteTokenizer, tokenizer_of
+from titans.models.lm import TitansLM
 from titans.train import loop
 from titans.train.batches import open_data
 from titans.train.checkpoint import checkpoints, held, latest
@@ -132,6 +133,20 @@ def test_a_model_knows_the_tokenizer_it_was_trained_with(tiny, tmp_path):
         tokenizer_of(model, other)
     model.tokenizer = None  # as files have it that are older
     tokenizer_of(model, other)
+    # A vocabulary with room to spare is no reason to doubt the tokenizer that is known.
+    wide = tiny(steps=1, model={"vocab_size": 2000})
+    path = train(wide, tmp_path / "wide", progress=False).checkpoint / "model.safetensors"
+    tokenizer_of(titans.load(path), ByteTokenizer())
+
+
+def test_training_on_keeps_to_the_tokenizer(tiny, tmp_path):
+    model = TitansLM(tiny().model)
+    model.tokenizer = "sha256:of another"
+    model.save(tmp_path / "other.safetensors")
+    config = tiny(steps=2, initial_model=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="initial_model was trained with the tokenizer sha256:of"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_with_other_manners(tiny, tmp_path):
@@ -198,13 +213,22 @@ def test_a_second_ctrl_c_acts_at_once(python_handler, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_signals_handed_on_are_one_request(python_handler):
+def test_signals_handed_on_are_one_request(python_handler, monkeypatch):
     """Ctrl-C reaches all processes of a terminal, and torchrun and job schedulers stop each of
     theirs once more: a run that is writing its last checkpoint must not die of that."""
     with stop_request() as stop:
-        for name in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        for name in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(name)
         assert stop.made
+    monkeypatch.setattr("titans.train.signals.SAME_PRESS_S", 0.0)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # that would be an error
+    try:
+        with stop_request() as stop:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.made
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def gradients(config, steps=2):

@@ -30,7 +30,7 @@ def run_convert(options: argparse.Namespace) -> None:
     if source.is_dir():
         if options.tokenizer is not None:
             raise ValueError("--tokenizer is for the way to a folder: a model file holds none")
-        check_target(options.target)
+        check_target(options.target, source.iterdir())
         model = to_file(source, options.target)
     else:
         model = open_model(options.source)

@@ -100,9 +100,7 @@ def run_eval(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not when the work is done
     part = None if options.out is None else options.out / f"{options.suite}.part.jsonl"
     if "watch" in inspect.signature(function).parameters:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        function = partial(function, watch=partial(progress, part=part))
+        function = partial(function, watch=partial(progress, part=part, told=[]))
     if suite.reads:
         from titans.data.tokenizers import load_tokenizer
         from titans.train.loop import choose_device
@@ -131,14 +129,15 @@ def run_eval(options: argparse.Namespace) -> None:
         print(json.dumps(content))
 
 
-def progress(cell: Any, part: Path | None) -> None:
-    """A record on one line of stderr, as soon as it is there; and as JSON at the end of `part`,
-    which is what is left of a suite that was stopped."""
+def progress(cell: Any, part: Path | None, told: list[Any]) -> None:
+    """A record on one line of stderr, as soon as it is there; and all so far, those `told` and
+    this one, as JSON in `part`, which is what is left of a suite that was stopped."""
+    told.append(cell)
     if part is not None:
-        with part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(cell)) + "\n")
-    told = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
-    print(", ".join(told), file=sys.stderr, flush=True)
+        lines = (json.dumps(dataclasses.asdict(one)) + "\n" for one in told)
+        part.write_text("".join(lines), encoding="utf-8")
+    fields = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
+    print(", ".join(fields), file=sys.stderr, flush=True)
 
 
 def show(result: Any) -> None:

@@ -185,7 +185,8 @@ def run_diff(options: argparse.Namespace) -> None:
 def run_fork(options: argparse.Namespace) -> None:
     from titans.state import ModelState, read_notes
 
-    check_target(options.output, [options.memory, *(options.text or ())])
+    read = [options.memory, *(options.text or ()), *([options.model] if options.model else ())]
+    check_target(options.output, read)
     if (options.model is None) != (options.text is None):
         raise ValueError("to read on with the copy give both --model and --text")
     report: dict[str, Any] = {}

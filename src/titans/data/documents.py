@@ -129,15 +129,14 @@ def read_blocks(
 def check_readable(
     paths: Iterable[str | Path], encoding: str = "utf-8-sig", size: int = 2**20
 ) -> None:
-    """ValueError where a file of `paths` is not in `encoding`, told before a model has read the
-    others for hours. Standard input and pipes are read once, and not here."""
+    """ValueError where `read_blocks` would come to one, told before a model has read for hours.
+    Standard input and pipes are read once, and not here."""
     check_encoding(encoding)
     for path in paths:
         for file in _files(Path(path)) if str(path) != "-" else ():
             if file.is_file():
-                with open_text(file, encoding_of(file, encoding)) as stream:
-                    while stream.read(size):
-                        pass
+                for _ in _file_blocks(file, encoding, size):
+                    pass
 
 
 def _file_blocks(path: Path, encoding: str, size: int) -> Iterator[Block]:
@@ -237,10 +236,11 @@ def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
 
 
 def encoding_of(path: Path, encoding: str) -> str:
-    """The encoding of a file, where "auto" leaves it open. Standard input is read once: UTF-8."""
+    """The encoding of a file, where "auto" leaves it open. What can be read only once, standard
+    input and pipes, is UTF-8."""
     if encoding != AUTO:
         return encoding
-    return "utf-8-sig" if path is STDIN or _is_utf8(path) else "latin-1"
+    return "utf-8-sig" if not path.is_file() or _is_utf8(path) else "latin-1"
 
 
 def _is_utf8(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Text to token ids and back: raw UTF-8 bytes, or a byte-pair encoding from a `tokenizer.json`."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -155,7 +156,7 @@ class BPETokenizer:
 
 
 @runtime_checkable
-class Reader(Protocol):
+class Trained(Protocol):
     """A `TitansLM`, as far as its tokens go. tokenizer: the identity of the one it was trained
     with, None where that is not known."""
 
@@ -163,29 +164,29 @@ class Reader(Protocol):
     tokenizer: str | None
 
 
-def tokenizer_of(model: Reader, tokenizer: Tokenizer | None) -> Tokenizer:
+def tokenizer_of(model: Trained, tokenizer: Tokenizer | None) -> Tokenizer:
     """The tokenizer for a model; None is that of bytes.
 
-    ValueError for another one than it was trained with; where that is not known, for one with
-    more tokens than the model, or with fewer than half of them.
+    ValueError for another one than it was trained with, and for one with more tokens than the
+    model; where it is not known, also for one with fewer than half of them.
     """
     tokenizer, vocab_size = tokenizer or ByteTokenizer(), model.config.vocab_size
-    if not tokenizer.vocab_size <= vocab_size <= 2 * tokenizer.vocab_size:
+    most = 2 * tokenizer.vocab_size if model.tokenizer is None else vocab_size
+    if not tokenizer.vocab_size <= vocab_size <= most:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
             f"{vocab_size}: name the one it was trained with"
         )
-    check_tokenizer("the model", model, tokenizer)
+    check_tokenizer("the model", model.tokenizer, tokenizer)
     return tokenizer
 
 
-def check_tokenizer(name: str, model: Reader, tokenizer: Tokenizer) -> None:
-    """ValueError for another tokenizer than the model is known to have been trained with."""
+def check_tokenizer(name: str, known: str | None, tokenizer: Tokenizer) -> None:
+    """ValueError for another tokenizer than the one that a model is known to have been trained
+    with."""
     given = tokenizer_identity(tokenizer)
-    if model.tokenizer not in (None, given):
-        raise ValueError(
-            f"{name} was trained with the tokenizer {model.tokenizer}, this one is {given}"
-        )
+    if known not in (None, given):
+        raise ValueError(f"{name} was trained with the tokenizer {known}, this one is {given}")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -253,10 +254,19 @@ def encode_blocks(
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
-    """Names what the ids mean: "bytes", or a hash of the vocabulary and its rules."""
-    if isinstance(tokenizer, BPETokenizer):
-        return f"sha256:{hashlib.sha256(tokenizer.rules.encode()).hexdigest()[:16]}"
-    return tokenizer.name
+    """Names what the ids mean: "bytes", or a hash of the vocabulary and of how text is cut."""
+    return identity_of(tokenizer.rules) if isinstance(tokenizer, BPETokenizer) else tokenizer.name
+
+
+def identity_of(content: str) -> str:
+    """That hash of a `tokenizer.json`, however a release of `tokenizers` writes it."""
+    rules = json.loads(content)
+    model = rules.get("model") or {}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
+    added = [(token["id"], token["content"]) for token in rules.get("added_tokens", ())]
+    cut = (rules.get("normalizer"), rules.get("pre_tokenizer"))
+    meaning = json.dumps([model.get("vocab"), merges, added, cut], sort_keys=True)
+    return f"sha256:{hashlib.sha256(meaning.encode()).hexdigest()[:16]}"
 
 
 def _library() -> Any:

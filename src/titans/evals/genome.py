@@ -141,7 +141,8 @@ def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
             tokenizer_of(model, None)
         except ValueError:
             raise ValueError(
-                f"expected a model that reads bytes, got {model.config.vocab_size} tokens"
+                "expected a model that reads bytes, got one of "
+                f"{model.config.vocab_size} tokens ({model.tokenizer or 'of what is not known'})"
             ) from None
         for context in sorted(config.contexts):
             row, positions = bits_at(model, parts.test, context, config)

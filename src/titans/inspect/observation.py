@@ -22,8 +22,8 @@ class Observation(NamedTuple):
     given for the first token. logits: (B, V) after the piece. state: likewise.
 
     Per token, memory and head, (B, T, memories, heads), as `MemoryRecord` has them:
-    surprise: norm of the momentary surprise, the error signal at the memory's last layer, no more
-        than `max_surprise` lets be written, where it has a bound;
+    surprise: norm of the momentary surprise, the error signal at the memory's last layer, as
+        `max_surprise` has left it;
     learning_rate: theta; momentum: eta, and decay: alpha, None where the model has none or
     nothing was written.
 

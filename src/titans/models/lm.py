@@ -28,6 +28,7 @@ from titans.state import (
     State,
     check_header,
     digest,
+    open_safetensors,
     read_safetensors,
     write_safetensors,
 )
@@ -349,7 +350,8 @@ def write_model(
 def is_model_file(path: str | Path) -> bool:
     """Is it one of `TitansLM.save`?"""
     try:
-        return read_safetensors(path)[1].get("format") == FORMAT
+        with open_safetensors(path) as file:
+            return bool((file.metadata() or {}).get("format") == FORMAT)
     except ValueError:
         return False
 

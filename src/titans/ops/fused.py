@@ -584,7 +584,7 @@ class FusedScan(torch.autograd.Function):
         ctx.mark_non_differentiable(surprise)
         if keep:
             # All tensors are saved in the one way that checkpointing and offloading know of.
-            kept, ctx.groups = tree_flatten(groups)
+            kept, ctx.structure = tree_flatten(groups)
             starts = [t for rules in boundaries for t in flat(rules)]
             ctx.plan, ctx.counts = plan, (len(tensors), len(starts))
             ctx.save_for_backward(*tensors, *starts, *kept)
@@ -596,7 +596,9 @@ class FusedScan(torch.autograd.Function):
         plan, (given, before) = ctx.plan, ctx.counts
         saved = ctx.saved_tensors
         tensors, starts = saved[:given], saved[given : given + before]
-        groups = tree_unflatten(saved[given + before :], ctx.groups)
+        groups = tree_unflatten(saved[given + before :], ctx.structure)
+        del saved  # each group is let go as soon as the walk has passed it
+        ctx.maybe_clear_saved_tensors()
         q, k, v, gates, rules, anchor = unpack(plan, tensors)
         states = [rules]
         width = len(flat(rules))

@@ -75,7 +75,7 @@ def create_app(settings: ServeSettings, extra_routes: Sequence[BaseRoute] = ()) 
 def check_vocabulary(name: str, model: TitansLM, tokenizer: Tokenizer) -> None:
     """ValueError for a tokenizer that is not the model's. Text alone makes no end of document,
     which a model of bytes may therefore lack."""
-    check_tokenizer(f"model {name!r}", model, tokenizer)
+    check_tokenizer(f"model {name!r}", model.tokenizer, tokenizer)
     needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
     if model.config.vocab_size < needed:
         raise ValueError(

@@ -23,9 +23,10 @@ from titans.data.documents import expand_paths
 from titans.data.facts import Batch
 from titans.data.tokenizers import check_tokenizer, tokenizer_identity
 from titans.models.lm import TitansLM, load
-from titans.state import ModelState
+from titans.state import ModelState, read_notes
 from titans.train.batches import Data, open_data
 from titans.train.checkpoint import (
+    MODEL,
     Training,
     checkpoints,
     held,
@@ -95,6 +96,7 @@ def train(
         require_loggers(config.train.log)
         training = new_training(config, device, begun=bool(checkpoints(folder)))
         check_forward(training.model, config)
+        check_tokenizer("train.initial_model", training.model.tokenizer, data.tokenizer)
 
         def begin() -> Path | None:
             if not folder.exists():
@@ -106,7 +108,8 @@ def train(
         start = here.on_first(begin)
         training = resume_training(training, start, config, device, here)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
-        check_tokenizer(f"{folder}: the model", training.model, data.tokenizer)
+        known = None if start is None else read_notes(start / MODEL).get("tokenizer")
+        check_tokenizer(f"{folder}: the model", known, data.tokenizer)
         training.model.tokenizer = tokenizer_identity(data.tokenizer)
         file: MetricsFile | None = None
         loggers: list[Logger] = []
@@ -166,6 +169,7 @@ def new_training(config: RunConfig, device: torch.device, begun: bool = False) -
         if given.config.hash() != config.model.hash():
             raise ValueError(f"{path}: its config is not that of the run's model")
         model.load_state_dict(given.state_dict())
+        model.tokenizer = given.tokenizer
     model = model.to(device)
     return Training(model=model, optimizers=build_optimizers(model, config.optimizer))
 
