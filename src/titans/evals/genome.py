@@ -139,11 +139,8 @@ def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
     if model is not None:
         try:
             tokenizer_of(model, None)
-        except ValueError:
-            raise ValueError(
-                "expected a model that reads bytes, got one of "
-                f"{model.config.vocab_size} tokens ({model.tokenizer or 'of what is not known'})"
-            ) from None
+        except ValueError as error:
+            raise ValueError(f"expected a model that reads bytes: {error}") from None
         for context in sorted(config.contexts):
             row, positions = bits_at(model, parts.test, context, config)
             read.append(row)
