@@ -77,6 +77,9 @@ def test_gue(tmp_path) -> None:
     assert task.train.labels.tolist() == [0, 1]
     assert decode_bases(task.dev.sequences[0]) == "GG"
     assert task.test.labels.tolist() == [2]
+    assert "0 of 1 test sequences stand in train" in task.split
+    known = read_task(write_gue(tmp_path / "known", test="TTT,0\nTT,1\n"))
+    assert "1 of 2 test sequences stand in train" in known.split
 
 
 def test_genomic_benchmarks(tmp_path) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from titans.data.documents import Document, hub_documents, read_documents, without_gutenberg
+from titans.data.documents import (
+    Document,
+    hub_documents,
+    read_blocks,
+    read_documents,
+    without_gutenberg,
+)
 
 BOOK = (
     "\r\nTitle: A Book\r\n\r\n"
@@ -53,6 +59,17 @@ def test_jsonl_is_a_document_a_line(tmp_path, suffix):
         (f"{path}:3", ""),
         (f"{path}:5", "ü"),
     ]
+
+
+def test_a_json_file_is_the_text_in_it(tmp_path):
+    """RULER's essays are one object; what is something else is read as it stands."""
+    path = tmp_path / "essays.json"
+    path.write_text(json.dumps({"text": "one\n\ntwo \u2019"}))
+    assert texts(path) == ["one\n\ntwo \u2019"]
+    assert [block.text for block in read_blocks([path])] == ["one\n\ntwo \u2019"]
+    for content in ('{"text": 3}', '["a"]', '{"text": "never'):
+        path.write_text(content)
+        assert texts(path) == [content]
 
 
 def test_jsonl_is_read_a_line_at_a_time(tmp_path):

@@ -145,11 +145,11 @@ def test_baselines_alone_and_models_that_do_not_fit(tmp_path) -> None:
     result = genome(None, config)
     assert (result.contexts, result.positions) == ((), ())
     assert result.markov[0].bits_per_base < 0.2  # ACGT is its own other strand
-    with pytest.raises(ValueError, match="expected a model that reads bytes: .* the model 5: name"):
+    with pytest.raises(ValueError, match=r"a model that reads bytes: .* the model 5: name"):
         genome(build(vocab_size=5), config)
     with pytest.raises(
         ValueError,
-        match="expected a model that reads bytes: the tokenizer bytes has 257 tokens, the model 2048",
+        match="a model that reads bytes: the tokenizer bytes has 257 tokens, the model 2048",
     ):
         genome(build(vocab_size=2048), config)  # it would read other tokens of its own
     with pytest.raises(ValueError, match="smoothing must lie above 0, up to 1e9, got nan"):

@@ -104,6 +104,7 @@ def test_who_reads_everything_finds_everything(folder):
         (kind, length) for kind in KINDS for length in (1500, 2500)
     ]
     assert {(cell.score, cell.exact, cell.asked) for cell in result.cells} == {(1.0, 1.0, 3)}
+    assert result.prose_tokens == len((folder / "essay.txt").read_text().strip()) + 1
     assert result.cells[0].low == pytest.approx(3 / (3 + 1.96**2), abs=1e-4)
     assert result.cells[0].high == 1.0
 

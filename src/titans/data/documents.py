@@ -62,12 +62,13 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents in `paths`: files in the order given, the files of a folder sorted by path.
 
-    A JSONL file (`.jsonl`) holds one document a line, under `text_key`; any other file is one
-    document, as it stands, line ends included. Both may be compressed (`.gz`, `.bz2`). A folder is
-    read recursively, and only its files with one of `TEXT_SUFFIXES` count; of those, files that
-    hold no text at all are passed over. `strip_gutenberg` removes the header and footer of Project
-    Gutenberg. The default encoding is UTF-8, with or without a byte-order mark; "auto" is that
-    too, and Latin-1 for a file that is not UTF-8.
+    A JSONL file (`.jsonl`) holds one document a line, under `text_key`, and so does a `.json` file
+    that is one object with it; any other file is one document, as it stands, line ends included.
+    Both may be compressed (`.gz`, `.bz2`). A folder is read recursively, and only its files with
+    one of `TEXT_SUFFIXES` count; of those, files that hold no text at all are passed over.
+    `strip_gutenberg` removes the header and footer of Project Gutenberg. The default encoding is
+    UTF-8, with or without a byte-order mark; "auto" is that too, and Latin-1 for a file that is not
+    UTF-8.
 
     One document is in memory at a time. All paths are looked up before the first one is read, so
     that a misspelt one is found at once.
@@ -140,7 +141,7 @@ def check_readable(
 
 
 def _file_blocks(path: Path, encoding: str, size: int) -> Iterator[Block]:
-    if _kind(path) == ".jsonl":
+    if _kind(path) in (".jsonl", ".json"):
         for document in _read_file(path, "text", encoding):
             yield Block(document.text, True)
         return
@@ -232,7 +233,17 @@ def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
         elif text := stream.read():
             if "\0" in text:
                 raise ValueError(f"{path}: expected text, got binary data (it has zero bytes)")
-            yield Document(str(path), text)
+            yield Document(str(path), of_json(text, text_key) if _kind(path) == ".json" else text)
+
+
+def of_json(content: str, text_key: str) -> str:
+    """The text that a JSON object holds, as RULER's essays do; anything else as it stands."""
+    try:
+        held = json.loads(content)
+    except ValueError:
+        return content
+    text = held.get(text_key) if isinstance(held, dict) else None
+    return text if isinstance(text, str) else content
 
 
 def encoding_of(path: Path, encoding: str) -> str:

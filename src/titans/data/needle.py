@@ -3,8 +3,9 @@
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?"
 (arXiv:2404.06654). What differs: a prompt has exactly the length asked for (RULER's has at most
 that, 128 tokens for the answer included), so its haystack begins inside a sentence; prose is the
-user's instead of Graham's essays; depths are uniform, not one of 40; and no worked example
-stands before the variables, since our models are trained on the format.
+user's instead of Graham's essays, read again from its beginning where it ends, and tokenised
+sentence by sentence (the space between two belongs to the first); depths are uniform, not one of
+40; and no worked example stands before the variables, since our models are trained on the format.
 
 Nouns and adjectives of a test's keys, its values and its variables are never those of a training
 row's (`is_held_out`), and neither is its prose (`prose_files`).

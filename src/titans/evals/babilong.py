@@ -74,10 +74,11 @@ class BabilongCell:
 
 @dataclass(frozen=True, kw_only=True)
 class BabilongResult:
-    """cells: by task, then length."""
+    """cells: by task, then length. prose_tokens: of the haystack; longer prompts read it again."""
 
     config: BabilongConfig
     cells: tuple[BabilongCell, ...]
+    prose_tokens: int | None = None
 
 
 def babilong(
@@ -103,7 +104,8 @@ def babilong(
             cells.append(ask(model, config, tokenizer, task, number, length))
             if watch is not None:
                 watch(cells[-1])
-    return BabilongResult(config=config, cells=tuple(cells))
+    size = len(text.tokens) if any(config.lengths) else None
+    return BabilongResult(config=config, cells=tuple(cells), prose_tokens=size)
 
 
 def ask(

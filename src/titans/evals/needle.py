@@ -82,10 +82,12 @@ class NeedleCell:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleResult:
-    """cells: by kind, then length, then depth."""
+    """cells: by kind, then length, then depth. prose_tokens: of the haystack; longer prompts read
+    it again."""
 
     config: NeedleConfig
     cells: tuple[NeedleCell, ...]
+    prose_tokens: int | None = None
 
 
 def needle(
@@ -114,7 +116,8 @@ def needle(
                 cells.append(ask(model, config, tokenizer, task, kind, length, depth))
                 if watch is not None:
                     watch(cells[-1])
-    return NeedleResult(config=config, cells=tuple(cells))
+    size = None if text is None else len(text.tokens)
+    return NeedleResult(config=config, cells=tuple(cells), prose_tokens=size)
 
 
 def ask(
