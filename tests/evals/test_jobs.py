@@ -232,8 +232,9 @@ def test_runs_in_turn_go_on_from_the_weights_of_the_one_before(tmp_path, monkeyp
     second = load_toml(runs / "two/config.toml", RunConfig).train
     assert (second.initial_model, second.seed) == (str(runs / "one" / saved), 1)
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    text.unlink()  # what has been trained needs no data
     assert train_in_turn(configs, runs) == (weights, logged)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     monkeypatch.setattr(jobs, "train", lambda *_, **__: SimpleNamespace(finished=False))
     with pytest.raises(KeyboardInterrupt):
-        train_in_turn(configs, runs)
+        train_in_turn(configs, tmp_path / "others")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.evals.report import machine, write_json
+from titans.train.checkpoint import MODEL, finished
 from titans.train.config import RunConfig
 from titans.train.loop import train
 from titans.train.metrics import read_metrics
@@ -130,10 +131,15 @@ def train_in_turn(configs: Mapping[str, RunConfig], folder: Path) -> tuple[Path,
     logged = []
     for name, config in configs.items():
         options = replace(config.train, initial_model=None if start is None else str(start))
-        done = train(replace(config, train=options), folder / name, progress=False)
-        if not done.finished:
-            raise KeyboardInterrupt
-        start = done.checkpoint / "model.safetensors"
+        config = replace(config, train=options)
+        # Without opening its data, which takes minutes where there is much.
+        checkpoint = finished(folder / name, config)
+        if checkpoint is None:
+            done = train(config, folder / name, progress=False)
+            if not done.finished:
+                raise KeyboardInterrupt
+            checkpoint = done.checkpoint
+        start = checkpoint / MODEL
         logged.append(read_metrics(folder / name / "metrics.jsonl"))
     if start is None:
         raise ValueError("expected at least one run")

@@ -97,6 +97,16 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
     return found
 
 
+def finished(folder: Path, config: RunConfig) -> Path | None:
+    """The last checkpoint of a run of this config that has come to its end, None for any other."""
+    if not (folder / CONFIG).is_file():
+        return None
+    if first_difference(load_toml(folder / CONFIG, RunConfig), config) is not None:
+        return None
+    found = latest(folder)
+    return found if found is not None and step_of(found) == config.train.steps else None
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Within it no other process of this machine has the run's folder; ValueError if one has it.
