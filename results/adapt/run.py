@@ -29,7 +29,7 @@ from titans.evals.jobs import (
     split_diverged,
 )
 from titans.evals.recall import fit_pairs
-from titans.evals.report import markdown_table, origin, readable, write_lines
+from titans.evals.report import markdown_table, origin, readable, recalled, write_lines
 from titans.hf.adapter import FILE_NAME, AdaptedForCausalLM, adapt, load_adapter
 from titans.train.objective import descend
 
@@ -213,8 +213,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     for name in MODELS:
         cells = []
         for n in lengths:
-            found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
-            cells.append(f"{sum(found) / len(found):.2f}" if found else "")
+            found = [r for r in asked if (r["model"], r["length"]) == (name, n)]
+            cells.append(recalled(found) if found else "")
         if not any(cells):
             continue
         longest = max((r for r in asked if r["model"] == name), key=lambda r: r["length"])
@@ -235,9 +235,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "`titans.adapt` put memories beside the attention of both layers, which from then on",
         f"reached {WINDOW} tokens, and the memories alone, or all weights, were trained for",
         f"{STEPS} steps on rows of up to 1,024 tokens.",
-        "Recall of four pairs by tokens in the row; saying any of its values gives",
-        f"{guess(PAIRS):.2f}. State: bytes that a row carries after the longest text of its line;",
-        "then an adapter's parameters, the bytes of its file, and minutes of training.",
+        "Percent of four pairs recalled, by tokens in the row (95 % interval where fewer than 100",
+        f"were asked); saying any of its values gives {100 * guess(PAIRS):.0f}. State: bytes that a",
+        "row carries after the longest text of its line; then an adapter's parameters, the bytes of its file, and minutes of training.",
         "By `python results/adapt/run.py`.",
         "",
         *markdown_table(

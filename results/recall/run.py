@@ -30,7 +30,7 @@ from titans.evals.jobs import (
     split_diverged,
 )
 from titans.evals.recall import fit_pairs
-from titans.evals.report import markdown_table, origin, write_lines
+from titans.evals.report import markdown_table, origin, recalled, write_lines
 
 HERE = Path(__file__).parent
 STEPS, SHORT_STEPS, TOKENS = 1000, 600, 4096
@@ -125,8 +125,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         if name in trained:
             cells = []
             for n in lengths:
-                found = [r["recall"] for r in asked if (r["model"], r["length"]) == (name, n)]
-                cells.append(f"{sum(found) / len(found):.2f}" if found else "")
+                found = [r for r in asked if (r["model"], r["length"]) == (name, n)]
+                cells.append(recalled(found) if found else "")
             opened = f"{100 * trained[name]['curve'][-1][2]:.1f} %"
             table.append((name, *cells, opened))
     counts = (find(asked, {"length": n}) for n in lengths)
@@ -134,8 +134,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "# Recall against length: gates that close, and the paper's sigmoids",
         "",
         f"Two layers of width 128, exact linear memories, trained for {STEPS:,} steps on pairs in",
-        "noise, rows of at most 1,024 tokens; by `python results/recall/run.py`. Four pairs a row;",
-        f"saying any of its values gives {guess(PAIRS):.2f}. Empty: not asked, so far",
+        "noise, rows of at most 1,024 tokens; by `python results/recall/run.py`. Percent of pairs",
+        "recalled (95 % interval where fewer than 100 were asked). Four pairs a row;",
+        f"saying any of its values gives {100 * guess(PAIRS):.0f}. Empty: not asked, so far",
         "or as nothing was left at a shorter length. Last column: the mean learning rate over",
         "its maximum at the end of training. Gated DeltaNet's gates are its own; with gates that",
         "close its rule is that of the LMM in the first row, which starts and forgets differently.",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from titans.evals.answers import wilson
+
 
 def machine() -> str:
     """Processor (and GPU, where there is one), cores and torch version, in words."""
@@ -63,6 +65,14 @@ def percent(row: Mapping[str, Any]) -> str:
     """A score in percent; with its 95 % interval, `low` to `high`, where under 100 were asked."""
     few = f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
     return f"{100 * row['score']:.0f}{few}"
+
+
+def recalled(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`percent` of rows that have `recall` of `asked` questions, all of them together."""
+    asked = sum(row["asked"] for row in rows)
+    right = sum(row["recall"] * row["asked"] for row in rows)
+    low, high = wilson(right, asked)
+    return percent({"score": right / asked, "low": low, "high": high, "asked": asked})
 
 
 def readable(count: int) -> str:
