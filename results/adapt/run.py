@@ -236,8 +236,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"reached {WINDOW} tokens, and the memories alone, or all weights, were trained for",
         f"{STEPS} steps on rows of up to 1,024 tokens.",
         "Percent of four pairs recalled, by tokens in the row (95 % interval where fewer than 100",
-        f"were asked); saying any of its values gives {100 * guess(PAIRS):.0f}. State: bytes that a",
-        "row carries after the longest text of its line; then an adapter's parameters, the bytes of its file, and minutes of training.",
+        f"were asked); saying any of its values gives {100 * guess(PAIRS):.0f}. State: bytes that",
+        "a row carries after the longest text of its line; then an adapter's parameters, the bytes",
+        "of its file, and minutes of training.",
         "By `python results/adapt/run.py`.",
         "",
         *markdown_table(
