@@ -243,7 +243,7 @@ def classification_page(rows: list[dict[str, Any]]) -> list[str]:
             f"### {task}",
             "",
             f"{ours[0]['train_sequences']:,} sequences to train on, at most {epochs} times; "
-            f"{ours[0]['test_sequences']:,} to test; {ours[0]['split']}.",
+            f"{ours[0]['test_sequences']:,} to test; {ours[-1]['split']}.",
             "",
         ]
         header = ("model", "parameters", "dev MCC", "test MCC", "test accuracy", "seeds", "minutes")

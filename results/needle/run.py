@@ -364,7 +364,7 @@ def write_page(rows: list[Row]) -> None:
         "not begun to copy. Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
         "asked, so far or because no more than 5 % were found at a shorter length. The books",
-        "of the tests hold 1.13 million tokens: 2M read them almost twice.",
+        "of the tests hold 1.13 million tokens: 2M read them almost twice, 10M nine times.",
         *(
             f"{r['model']} had {BEGINNING_STEPS} more steps first, on rows with one number."
             for r in trained

@@ -126,6 +126,10 @@ def test_a_text_in_another_encoding_is_found_before_all_is_read(
     memory = tmp_path / "books.memory"
     with monkeypatch.context() as patch:
         patch.setattr(titans.TitansLM, "run", lambda *a: pytest.fail("it began to read"))
+        (tmp_path / "empty.txt").write_text("")
+        late = (tmp_path / "books" / "a.txt", tmp_path / "empty.txt")
+        for action in (("writes", model_file), ("read", model_file, "-o", memory)):
+            assert "empty.txt: no text in it" in refused(capsys, *action, *late)
         wrong = refused(capsys, "read", model_file, tmp_path / "books", "-o", memory)
     assert "b.txt: expected UTF-8 text, got byte 0xe9" in wrong
     given = ("--encoding", "auto", "--json")

@@ -134,8 +134,9 @@ def progress(cell: Any, part: Path | None, told: list[Any]) -> None:
     this one, as JSON in `part`, which is what is left of a suite that was stopped."""
     told.append(cell)
     if part is not None:
-        lines = (json.dumps(dataclasses.asdict(one)) + "\n" for one in told)
-        part.write_text("".join(lines), encoding="utf-8")
+        from titans.evals.report import write_lines
+
+        write_lines(part, [json.dumps(dataclasses.asdict(one)) for one in told])
     fields = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
     print(", ".join(fields), file=sys.stderr, flush=True)
 

@@ -209,10 +209,11 @@ def run_fork(options: argparse.Namespace) -> None:
 
 
 def run_writes(options: argparse.Namespace) -> None:
-    from titans.data.documents import read_blocks
+    from titans.data.documents import check_readable, read_blocks
     from titans.data.tokenizers import encode_blocks
     from titans.inspect import writes
 
+    check_readable(options.texts, options.encoding)
     model, tokenizer, state = open_all(options)
     tokens = encode_blocks(tokenizer, read_blocks(options.texts, options.encoding))
     found = writes(model, tokens, state, top=options.top, before=options.before)

@@ -112,8 +112,8 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The documents of `read_documents`, of any size: as blocks of at most `size` characters.
 
-    The path "-" is standard input, as plain text. One block is in memory at a time, and a line of
-    a JSONL file. Raises ValueError as `read_documents` does.
+    The path "-" is standard input, as plain text. One block is in memory at a time, a line of a
+    JSONL file, or all of a `.json` file. Raises ValueError as `read_documents` does.
     """
     check_encoding(encoding)
     found = [(path, [STDIN] if str(path) == "-" else _files(Path(path))) for path in paths]
@@ -132,12 +132,14 @@ def check_readable(
 ) -> None:
     """ValueError where `read_blocks` would come to one, told before a model has read for hours.
     Standard input and pipes are read once, and not here."""
-    check_encoding(encoding)
-    for path in paths:
-        for file in _files(Path(path)) if str(path) != "-" else ():
-            if file.is_file():
-                for _ in _file_blocks(file, encoding, size):
-                    pass
+    once = [path for path in paths if str(path) == "-" or is_stream(Path(path))]
+    for _ in read_blocks([path for path in paths if path not in once], encoding, size):
+        pass
+
+
+def is_stream(path: Path) -> bool:
+    """A pipe, a terminal: it is there, and neither a file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _file_blocks(path: Path, encoding: str, size: int) -> Iterator[Block]:
@@ -251,7 +253,7 @@ def encoding_of(path: Path, encoding: str) -> str:
     input and pipes, is UTF-8."""
     if encoding != AUTO:
         return encoding
-    return "utf-8-sig" if not path.is_file() or _is_utf8(path) else "latin-1"
+    return "utf-8-sig" if path is STDIN or is_stream(path) or _is_utf8(path) else "latin-1"
 
 
 def _is_utf8(path: Path) -> bool:

@@ -259,12 +259,13 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
 
 
 def identity_of(content: str) -> str:
-    """That hash of a `tokenizer.json`, however a release of `tokenizers` writes it."""
+    """That hash of a `tokenizer.json`, whichever way a release of `tokenizers` writes merges."""
     rules = json.loads(content)
     model = rules.get("model") or {}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
     added = [(token["id"], token["content"]) for token in rules.get("added_tokens", ())]
-    cut = (rules.get("normalizer"), rules.get("pre_tokenizer"))
+    cut = [rules.get("normalizer"), rules.get("pre_tokenizer")]
+    cut += [model[name] for name in ("type", "ignore_merges", "byte_fallback") if model.get(name)]
     meaning = json.dumps([model.get("vocab"), merges, added, cut], sort_keys=True)
     return f"sha256:{hashlib.sha256(meaning.encode()).hexdigest()[:16]}"
 
