@@ -28,11 +28,11 @@ pytest.importorskip("lm_eval", reason="needs `pip install -e '.[eval]'`")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from titans.data.told import Until, tell
 from titans.evals.harness import data
 from titans.evals.harness import model as harness_model
 from titans.evals.harness.model import HarnessLM
 from titans.evals.harness.until import GREEDY, parse_until
-from titans.generate import Until, tell
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TITANS_DATA_DIR", "absent")) / "commonsense"

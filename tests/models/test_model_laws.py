@@ -312,13 +312,13 @@ def test_tokens_may_be_bytes() -> None:
     assert torch.equal(model(tokens.to(torch.uint8))[0], model(tokens)[0])
 
 
-def test_labels_have_the_shape_of_tokens() -> None:
+def test_labels_have_the_shape_of_tokens(without_shape_checks) -> None:
     tokens = some_tokens()
     with pytest.raises(ValueError, match="tokens and labels must have one shape"):
         build("lmm").losses(tokens, tokens.T)
 
 
-def test_a_whole_number_for_a_float_is_the_same_model(tmp_path) -> None:
+def test_a_whole_number_for_a_float_is_the_same_model(tmp_path, without_shape_checks) -> None:
     """Its hash is that of the model read back from a file, or its own memories were refused."""
     memory = MemoryConfig(max_surprise=1, half_life_min=16)
     model = TitansLM(TitansConfig(variant="lmm", dim=16, layers=1, rope_base=10000, memory=memory))

@@ -29,7 +29,7 @@ def run_convert(options: argparse.Namespace) -> None:
     source = Path(options.source)
     if source.is_dir():
         if options.tokenizer is not None:
-            raise ValueError("--tokenizer is for the way to a folder: a model file has no place for it")
+            raise ValueError("--tokenizer is for the way to a folder, a model file holds none")
         check_target(options.target, source.iterdir())
         model = to_file(source, options.target)
     else:

@@ -82,7 +82,7 @@ def add_memory(verbs: Any) -> None:
 
 
 def run_ask(options: argparse.Namespace) -> None:
-    from titans.generate import tell
+    from titans.data.told import tell
 
     how = until(options)
     model, tokenizer, state = open_all(options)

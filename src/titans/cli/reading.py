@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from titans.data.tokenizers import Tokenizer
-    from titans.generate import Until
+    from titans.data.told import Until
     from titans.models.lm import TitansLM
     from titans.state import ModelState
 
@@ -62,7 +62,8 @@ def add_sampling(parser: Parser) -> None:
 
 def until(options: argparse.Namespace) -> "Until":
     """How `add_sampling` wants texts told."""
-    from titans.generate import Sampling, Until
+    from titans.data.told import Until
+    from titans.generate import Sampling
 
     if not all(options.stop):
         raise ValueError("--stop is empty: expected a text")

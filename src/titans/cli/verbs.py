@@ -221,7 +221,7 @@ def add_generate(verbs: Any) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from titans.generate import tell
+    from titans.data.told import tell
 
     how = until(options)
     model, tokenizer, state = open_all(options)

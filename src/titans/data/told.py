@@ -2,8 +2,15 @@
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.generate import Sampling, check_prompts, prefill, sample, seeds_of, select_rows
+from titans.models.lm import TitansLM
+from titans.state import ModelState
 
 REPLACEMENT = "\ufffd"
 CHARACTER = 8  # tokens: none is spread over more
@@ -62,3 +69,95 @@ class Stops:
         """Length of the longest end of what is held that begins `stop`."""
         sizes = range(min(len(stop) - 1, len(self.held)), 0, -1)
         return next((n for n in sizes if stop.startswith(self.held[-n:])), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Until:
+    """How a text is told. stop: strings that end it and are not part of it."""
+
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class Told(NamedTuple):
+    """text: without what ended it. tokens: how many were drawn."""
+
+    text: str
+    tokens: int
+
+
+@torch.inference_mode()
+def tell(
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    until: Until,
+    *,
+    seeds: Sequence[int] | None = None,
+    state: ModelState | None = None,
+    write: bool = True,
+) -> list[Told]:
+    """What follows prompts, as text; an end of document ends a text too.
+
+    seeds: of the prompts, by default as `Sampling.seed` has them; a text does not depend on the
+    other prompts. state: as in `generate`. write=False: memories are only read, also of what is
+    told. Raises ValueError as `generate` does.
+    """
+    check_prompts(prompts, until.max_tokens)
+    seeds = seeds_of(until.sampling, prompts) if seeds is None else seeds
+    told: list[Told] = [Told("", 0)] * len(prompts)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        past = None if state is None else select_rows(state, group, len(prompts))
+        texts = tell_group(
+            model,
+            tokenizer,
+            [prompts[i] for i in group],
+            until,
+            [seeds[i] for i in group],
+            past,
+            write,
+        )
+        for index, text in zip(group, texts, strict=True):
+            told[index] = text
+    return told
+
+
+def tell_group(
+    model: TitansLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    until: Until,
+    seeds: Sequence[int],
+    state: ModelState | None,
+    write: bool,
+) -> list[Told]:
+    """`tell` for prompts of one length, side by side."""
+    device = next(model.parameters()).device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    decoders = [Decoder(tokenizer) for _ in prompts]
+    stops = [Stops(until.stop) for _ in prompts]
+    texts, counts = [""] * len(prompts), [0] * len(prompts)
+    rows = list(range(len(prompts)))
+    logits, after = prefill(model, torch.tensor(prompts, device=device), state, write)
+    for count in range(1, until.max_tokens + 1):
+        # A vocabulary may be padded; what the tokenizer does not know cannot be said.
+        known = logits[:, : tokenizer.vocab_size]
+        drawn = sample(known, until.sampling, [generators[row] for row in rows])
+        going = []
+        for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            counts[row] = count
+            if token != tokenizer.end_of_document:
+                texts[row] += stops[row].feed(decoders[row].feed(token))
+                if not stops[row].hit:
+                    going.append(place)
+        if not going or count == until.max_tokens:
+            break
+        if len(going) < len(rows):
+            after, drawn = select_rows(after, going, len(rows)), drawn[going]
+            rows = [rows[place] for place in going]
+        output, after = model(drawn[:, None], after, write)
+        logits = output[:, -1]
+    ends = [s.feed(d.finish(), last=True) for s, d in zip(stops, decoders, strict=True)]
+    return [Told(text + end, n) for text, end, n in zip(texts, ends, counts, strict=True)]

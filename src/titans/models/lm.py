@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,8 +112,8 @@ class Block(nn.Module):
 
 
 def token_losses(
-    head: Any, hidden: Float[Tensor, "b t d"], labels: Int[Tensor, "b t"]
-) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    head: Any, hidden: Float[Tensor, "b t d"], labels: Integer[Tensor, "b t"]
+) -> tuple[Float[Tensor, "b t"], Integer[Tensor, "b t"]]:
     """Cross-entropy of every label, in float32 or wider, and the likeliest tokens."""
     rows = hidden.flatten(0, 1)
     size = max(1, LOGITS // head.weight.shape[0])
@@ -125,8 +125,8 @@ def token_losses(
 
 
 def shared_losses(
-    team: Peers, head: Any, hidden: Float[Tensor, "b t d"], labels: Int[Tensor, "b t"]
-) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    team: Peers, head: Any, hidden: Float[Tensor, "b t d"], labels: Integer[Tensor, "b t"]
+) -> tuple[Float[Tensor, "b t"], Integer[Tensor, "b t"]]:
     """`token_losses`, of which each process of a team computes those of its share of tokens."""
     rows, wanted = hidden.flatten(0, 1), labels.flatten()
     missing = -len(rows) % team.count
@@ -210,14 +210,14 @@ class TitansLM(nn.Module):
         return ModelState(blocks=blocks, position=0, config_hash=self.config_hash)
 
     def forward(
-        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+        self, tokens: Integer[Tensor, "b t"], state: ModelState | None = None, write: bool = True
     ) -> tuple[Float[Tensor, "b t v"], ModelState]:
         """Logits of the next token at every position, and the state after the last."""
         logits, state, _ = self.run(tokens, state, write)
         return logits, state
 
     def run(
-        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+        self, tokens: Integer[Tensor, "b t"], state: ModelState | None = None, write: bool = True
     ) -> LMOutput:
         """`forward`, with the record of every memory. write=False: memories are only read."""
         hidden, state, records = self.hidden(tokens, state, write)
@@ -225,8 +225,8 @@ class TitansLM(nn.Module):
 
     def losses(
         self,
-        tokens: Int[Tensor, "b t"],
-        labels: Int[Tensor, "b t"],
+        tokens: Integer[Tensor, "b t"],
+        labels: Integer[Tensor, "b t"],
         state: ModelState | None = None,
     ) -> LossOutput:
         """How likely every label was. Never holds more than `LOGITS` logits, whatever the number
@@ -246,7 +246,7 @@ class TitansLM(nn.Module):
         return LossOutput(nll.clone(), likeliest, state, records)
 
     def hidden(
-        self, tokens: Int[Tensor, "b t"], state: ModelState | None = None, write: bool = True
+        self, tokens: Integer[Tensor, "b t"], state: ModelState | None = None, write: bool = True
     ) -> HiddenOutput:
         """`run` without the head: its normalised input instead of logits."""
         self.check_tokens(tokens)

@@ -24,10 +24,11 @@ except ImportError as error:
 
 from titans.data.choices import Item, Option
 from titans.data.tokenizers import Tokenizer, encode, load_tokenizer, tokenizer_of
+from titans.data.told import Until, tell
 from titans.evals.commonsense import EncodedOption, encode_item, likelihoods
 from titans.evals.harness.until import parse_until
 from titans.evals.perplexity import read_together
-from titans.generate import PIECE, Until, tell
+from titans.generate import PIECE
 from titans.models.lm import TitansLM, load
 
 

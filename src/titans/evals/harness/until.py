@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from titans.generate import Sampling, Until
+from titans.data.told import Until
+from titans.generate import Sampling
 
 MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 FILTERS = ("top_k", "top_p", "min_p")
