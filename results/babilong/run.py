@@ -23,7 +23,7 @@ import torch
 from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.babilong import training_questions
 from titans.data.documents import read_documents
-from titans.data.haystack import prose_files
+from titans.data.haystack import prose, prose_files
 from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.babilong import BabilongConfig, babilong
 from titans.evals.jobs import (
@@ -239,6 +239,11 @@ def test(job: Row, root: Path) -> Row:
     return row | {"seconds": time.perf_counter() - begin}
 
 
+def count_prose(job: Row, root: Path) -> Row:
+    """Tokens of the tests' books: longer prompts read them again."""
+    return {"tokens": len(prose([root / "books"], load_tokenizer(TOKENIZER), held_out=True).tokens)}
+
+
 def look(job: Row, root: Path) -> Row:
     """How much its memories write of held-out books, a million tokens in one stream."""
     torch.set_num_threads(1)
@@ -254,6 +259,7 @@ def write_page(rows: list[Row]) -> None:
     if not trained:
         return
     lengths = sorted({r["length"] for r in tested})
+    books = next(r["tokens"] for r in rows if r["stage"] == "prose")
     lines = [
         "# BABILong",
         "",
@@ -267,7 +273,7 @@ def write_page(rows: list[Row]) -> None:
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
         + ".",
         "Prices, strays and steps were chosen on Titans LMM by the tests' books and by task 1's",
-        "questions at 64K to 1M. These books hold 1.13 million tokens, of three characters each.",
+        f"questions at 64K to 1M. These books hold {books:,} tokens.",
         "",
     ]
     longer = [r["model"] for r in trained if "first_rows" not in r]
@@ -330,6 +336,7 @@ def main() -> None:
     if not options.table_only:
         runs, root = options.runs.resolve(), data_folder()
         prepare_tokenizer(root)
+        rows = run_jobs(path, [{"stage": "prose"}], partial(count_prose, root=root))
         training = [{"stage": "train", "model": name} for name in options.model]
         one = partial(fit, runs=runs, root=root)
         rows = run_jobs(path, training, one, workers=options.workers)

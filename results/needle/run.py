@@ -27,7 +27,7 @@ import torch
 
 from titans.config import MemoryConfig, TitansConfig, Variant
 from titans.data.documents import read_documents
-from titans.data.haystack import NOISE, prose_files
+from titans.data.haystack import NOISE, prose, prose_files
 from titans.data.needle import word_list
 from titans.data.tokenizers import CODES, BPETokenizer, load_tokenizer
 from titans.evals.jobs import (
@@ -333,6 +333,11 @@ def sweep(job: Row, root: Path) -> Row:
     return {"cells": [asdict(cell) for cell in result.cells]}
 
 
+def count_prose(job: Row, root: Path) -> Row:
+    """Tokens of the tests' books: longer prompts read them again."""
+    return {"tokens": len(prose([root / "books"], load_tokenizer(TOKENIZER), held_out=True).tokens)}
+
+
 def lost(rows: list[Row], job: Row) -> bool:
     """Was hardly anything found at a shorter length? Then this one is not asked."""
     shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n < job["length"]]
@@ -346,6 +351,7 @@ def write_page(rows: list[Row]) -> None:
     trained = [r for r in rows if r["stage"] == "train"]
     tested = [r for r in rows if r["stage"] == "test"]
     lengths = sorted({r["length"] for r in tested})
+    books = next(r["tokens"] for r in rows if r["stage"] == "prose")
     lines = [
         "# Single needles, far beyond the lengths of training",
         "",
@@ -364,7 +370,7 @@ def write_page(rows: list[Row]) -> None:
         "not begun to copy. Keys start as",
         "the queries of the token before (`key_init`) in every model that has a memory. Empty: not",
         "asked, so far or because no more than 5 % were found at a shorter length. The books",
-        "of the tests hold 1.13 million tokens: 2M read them almost twice, 10M nine times.",
+        f"of the tests hold {books:,} tokens: longer prompts read them again.",
         *(
             f"{r['model']} had {BEGINNING_STEPS} more steps first, on rows with one number."
             for r in trained
@@ -442,6 +448,7 @@ def main() -> None:
     if not options.table_only:
         runs, root = options.runs.resolve(), data_folder()
         prepare_tokenizer(root)
+        rows = run_jobs(path, [{"stage": "prose"}], partial(count_prose, root=root))
         training = [{"stage": "train", "model": name} for name in options.model]
         one = partial(fit, runs=runs, root=root)
         rows = run_jobs(path, training, one, workers=options.workers)

@@ -11,7 +11,7 @@ import torch
 from titans.config import MemoryConfig, TitansConfig
 from titans.data.haystack import Piece, Sample
 from titans.data.needle import KINDS
-from titans.evals.answers import answer, exact, wilson
+from titans.evals.answers import answer, exact
 from titans.evals.needle import (
     NeedleCell,
     NeedleConfig,
@@ -20,6 +20,7 @@ from titans.evals.needle import (
     plot,
     string_match,
 )
+from titans.evals.report import wilson
 from titans.generate import Sampling, generate
 from titans.models.lm import HiddenOutput, TitansLM
 

@@ -297,8 +297,7 @@ def check_compile(backend):
     for options in (
         {"network": RESIDUAL, "momentum": True, "decay": "scalar", "max_surprise": 0.3},
         {"network": LINEAR, "objective": "dot", "offset": 3},
-        *[{"network": MLP, "decay": "scalar", "anchor": True, "per_layer": True, "offset": 1}]
-        * (backend != "inductor"),  # which takes a minute for each
+        {"network": MLP, "decay": "scalar", "anchor": True, "per_layer": True, "offset": 1},
     ):
         case = build(**{"length": 11, "chunk_size": 4, **options})
         expected = merged(*gradients(case, "reference"))

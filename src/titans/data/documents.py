@@ -127,13 +127,11 @@ def read_blocks(
             raise ValueError(f"{path}: no text in it")
 
 
-def check_readable(
-    paths: Iterable[str | Path], encoding: str = "utf-8-sig", size: int = 2**20
-) -> None:
+def check_readable(paths: Iterable[str | Path], encoding: str = "utf-8-sig") -> None:
     """ValueError where `read_blocks` would come to one, told before a model has read for hours.
     Standard input and pipes are read once, and not here."""
-    once = [path for path in paths if str(path) == "-" or is_stream(Path(path))]
-    for _ in read_blocks([path for path in paths if path not in once], encoding, size):
+    again = [path for path in paths if str(path) != "-" and not is_stream(Path(path))]
+    for _ in read_blocks(again, encoding):
         pass
 
 

@@ -1,6 +1,5 @@
 """Questions at the end of long texts: read in constant memory, answered greedily, counted."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -51,17 +50,3 @@ def exact(given: np.ndarray, sample: Sample) -> bool:
     """Does what was answered begin with the right answer, token by token?"""
     wanted = sample.answer
     return len(given) >= len(wanted) and bool((given[: len(wanted)] == wanted).all())
-
-
-def wilson(right: float, asked: int) -> tuple[float, float]:
-    """95 % confidence interval of a probability of which `right` of `asked` trials came out
-    (Wilson, 1927). With partial scores `right` is their sum; the interval then is too wide."""
-    z = 1.959964
-    share = right / asked
-    centre = share + z**2 / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
-    scale = 1 + z**2 / asked
-    # All or none: the bound is exact, and rounding would leave it beside the share itself.
-    low = (centre - spread) / scale if right > 0 else 0.0
-    high = (centre + spread) / scale if right < asked else 1.0
-    return max(low, 0.0), min(high, 1.0)

@@ -19,8 +19,8 @@ from titans.data.babilong import BabiTask, test_questions
 from titans.data.documents import expand_paths
 from titans.data.haystack import noise, prose
 from titans.data.tokenizers import Tokenizer, tokenizer_of
-from titans.evals.answers import answer, exact, wilson
-from titans.evals.report import readable
+from titans.evals.answers import answer, exact
+from titans.evals.report import readable, wilson
 from titans.models.lm import TitansLM
 
 

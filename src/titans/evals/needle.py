@@ -16,8 +16,8 @@ from titans.data.documents import expand_paths
 from titans.data.haystack import Sample, prose
 from titans.data.needle import KINDS, NeedleTask, check_kind
 from titans.data.tokenizers import Tokenizer, tokenizer_of
-from titans.evals.answers import answer, exact, wilson
-from titans.evals.report import readable
+from titans.evals.answers import answer, exact
+from titans.evals.report import readable, wilson
 from titans.models.lm import TitansLM
 
 

@@ -1,6 +1,7 @@
 """What every results page needs: the machine, a table, a file that is written whole."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from titans.evals.answers import wilson
 
 
 def machine() -> str:
@@ -65,6 +64,20 @@ def percent(row: Mapping[str, Any]) -> str:
     """A score in percent; with its 95 % interval, `low` to `high`, where under 100 were asked."""
     few = f" ({100 * row['low']:.0f}-{100 * row['high']:.0f})" if row["asked"] < 100 else ""
     return f"{100 * row['score']:.0f}{few}"
+
+
+def wilson(right: float, asked: int) -> tuple[float, float]:
+    """95 % confidence interval of a probability of which `right` of `asked` trials came out
+    (Wilson, 1927). With partial scores `right` is their sum; the interval then is too wide."""
+    z = 1.959964
+    share = right / asked
+    centre = share + z**2 / (2 * asked)
+    spread = z * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    scale = 1 + z**2 / asked
+    # All or none: the bound is exact, and rounding would leave it beside the share itself.
+    low = (centre - spread) / scale if right > 0 else 0.0
+    high = (centre + spread) / scale if right < asked else 1.0
+    return max(low, 0.0), min(high, 1.0)
 
 
 def recalled(rows: Sequence[Mapping[str, Any]]) -> str:
