@@ -13,7 +13,7 @@ class Shaped:
         return item[0]
 
 
-Float = Int = Bool = Shaped
+Float = Bool = Int = Int64 = Integer = Shaped
 
 
 def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
