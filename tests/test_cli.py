@@ -91,7 +91,7 @@ def test_reading_a_text_in_two_parts_is_reading_it_at_once(capsys, tmp_path, mod
 def test_generate_repeats_with_its_seed_and_goes_on_from_a_memory(
     capsys, tmp_path, model_file
 ) -> None:
-    common = ("generate", model_file, "--prompt", "Once", "--max-tokens", 200, "--seed", 8)
+    common = ("generate", model_file, "--prompt", "Once", "--max-tokens", 40, "--seed", 8)
     one = run(capsys, *common)
     assert one == run(capsys, *common)
     (tmp_path / "t.txt").write_text("something else entirely. " * 20)
