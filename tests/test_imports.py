@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "titans"
 
 # A module may import from its own layer and from layers before it.
 LAYERS = [
-    ("config", "baselines", "registry", "state", "fresh"),
+    ("config", "baselines", "registry", "state", "fresh", "heap"),
     ("ops",),
     ("distributed",),
     ("layers",),

@@ -10,6 +10,7 @@ from titans.cli.memory import add_memory
 from titans.cli.parser import EXIT_BAD_INPUT, INTERRUPTED, Parser, fail
 from titans.cli.serve import add_serve, add_studio
 from titans.cli.verbs import add_data, add_demo, add_generate, add_presets, add_stream, add_train
+from titans.heap import keep_freed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unrecognised argument {rest[0]!r}")
     if getattr(options, "takes_overrides", False):
         options.overrides = parse_overrides(parser, rest)
+    keep_freed()
     try:
         options.run(options)
     except BrokenPipeError:  # the reader of our output has gone

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.evals.report import machine, write_json
+from titans.heap import keep_freed
 from titans.train.checkpoint import MODEL, finished
 from titans.train.config import RunConfig
 from titans.train.loop import train
@@ -200,6 +201,7 @@ class Claims:
 
 def attempt(function: Callable[[Job], Row], job: Job) -> Row:
     """The row of a job. A training that diverged is a finding, not the end of the table."""
+    keep_freed()  # here, where the job's own process is
     try:
         return function(job)
     except NonFiniteError as error:
