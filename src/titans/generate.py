@@ -92,10 +92,10 @@ def prefill(
 
 @torch.no_grad()
 def decode_one(
-    model: TitansLM, token: Int[Tensor, " b"], state: ModelState
+    model: TitansLM, token: Int[Tensor, " b"], state: ModelState, write: bool = True
 ) -> tuple[Float[Tensor, "b v"], ModelState]:
     """Read one token a row; logits of the next. The cost does not depend on the position."""
-    logits, state = model(token[:, None], state)
+    logits, state = model(token[:, None], state, write)
     return logits[:, -1], state
 
 
@@ -122,20 +122,58 @@ def generate(
     if any(len(s) == 0 for s in stop):
         raise ValueError("a stop sequence is empty: expected at least one token")
     sampling = sampling or Sampling()
-    device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds_of(sampling, rows)]
-
     tokens: list[list[int]] = [[] for _ in rows]
-    states: list[ModelState | None] = [None] * len(rows)
-    for length in sorted({len(row) for row in rows}):
-        group = [i for i, row in enumerate(rows) if len(row) == length]
-        batch = torch.tensor([rows[i] for i in group], device=device)
-        past = None if state is None else select_rows(state, group, len(rows))
-        logits, after = prefill(model, batch, past)
-        continue_group(
-            model, group, logits, after, max_tokens, sampling, stop, generators, tokens, states
-        )
-    return Generated(tokens, [s for s in states if s is not None])
+
+    def take(index: int, token: int) -> bool:
+        tokens[index].append(token)
+        hit = next((s for s in stop if tokens[index][-len(s) :] == list(s)), None)
+        if hit is not None:
+            del tokens[index][-len(hit) :]
+        return hit is None
+
+    seeds = seeds_of(sampling, rows)
+    states = continue_prompts(model, rows, max_tokens, sampling, seeds, take, state=state)
+    return Generated(tokens, states)
+
+
+def continue_prompts(
+    model: TitansLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    take: Callable[[int, int], bool],
+    *,
+    state: ModelState | None = None,
+    vocabulary: int | None = None,
+    write: bool = True,
+) -> list[ModelState]:
+    """Read every prompt and draw what follows it, those of one length side by side.
+
+    take: given the number of a prompt and each token drawn for it; False ends its text.
+    vocabulary: tokens from this one on are not drawn. Returns what the model remembers of each
+    prompt and its text, but for the last token of it.
+    """
+    device = next(model.parameters()).device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    states: dict[int, ModelState] = {}
+    for length in sorted({len(prompt) for prompt in prompts}):
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        batch = torch.tensor([list(prompts[i]) for i in rows], device=device)
+        past = None if state is None else select_rows(state, rows, len(prompts))
+        logits, after = prefill(model, batch, past, write)
+        for left in reversed(range(max_tokens)):
+            drawn = sample(logits[:, :vocabulary], sampling, [generators[i] for i in rows])
+            going = [place for place, i in enumerate(rows) if take(i, int(drawn[place])) and left]
+            ended = sorted({*range(len(rows))} - {*going})
+            states |= {rows[place]: select_rows(after, [place], len(rows)) for place in ended}
+            if not going:
+                break
+            if ended:
+                after, drawn = select_rows(after, going, len(rows)), drawn[going]
+                rows = [rows[place] for place in going]
+            logits, after = decode_one(model, drawn, after, write)
+    return [states[i] for i in range(len(prompts))]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -152,39 +190,6 @@ def seeds_of(sampling: Sampling, prompts: Sequence[Any]) -> list[int]:
     """One for each prompt, see `Sampling.seed`."""
     first = secrets.randbits(63) if sampling.seed is None else sampling.seed
     return [(first + i) % 2**63 for i in range(len(prompts))]
-
-
-def continue_group(
-    model: TitansLM,
-    group: list[int],
-    logits: Tensor,
-    state: ModelState,
-    max_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[Sequence[int]],
-    generators: list[torch.Generator],
-    tokens: list[list[int]],
-    states: list[ModelState | None],
-) -> None:
-    """Decode a batch of prompts of one length until each has ended; fills tokens and states."""
-    for count in range(max_tokens):
-        drawn = sample(logits, sampling, [generators[i] for i in group])
-        ended = []
-        for row, index in enumerate(group):
-            tokens[index].append(int(drawn[row]))
-            hit = next((s for s in stop if tokens[index][-len(s) :] == list(s)), None)
-            if hit is not None:
-                del tokens[index][-len(hit) :]
-            if hit is not None or count == max_tokens - 1:
-                ended.append(row)
-                states[index] = select_rows(state, [row], len(group))
-        left = [row for row in range(len(group)) if row not in ended]
-        if not left:
-            return
-        if ended:
-            state, drawn = select_rows(state, left, len(group)), drawn[left]
-            group = [group[row] for row in left]
-        logits, state = decode_one(model, drawn, state)
 
 
 def sample(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from titans.data.tokenizers import ByteTokenizer, Tokenizer
-from titans.generate import Sampling, check_prompts, prefill, sample, seeds_of, select_rows
+from titans.generate import Sampling, check_prompts, continue_prompts, seeds_of
 from titans.models.lm import TitansLM
 from titans.state import ModelState
 
@@ -106,58 +106,27 @@ def tell(
     """
     check_prompts(prompts, until.max_tokens)
     seeds = seeds_of(until.sampling, prompts) if seeds is None else seeds
-    told: list[Told] = [Told("", 0)] * len(prompts)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        past = None if state is None else select_rows(state, group, len(prompts))
-        texts = tell_group(
-            model,
-            tokenizer,
-            [prompts[i] for i in group],
-            until,
-            [seeds[i] for i in group],
-            past,
-            write,
-        )
-        for index, text in zip(group, texts, strict=True):
-            told[index] = text
-    return told
-
-
-def tell_group(
-    model: TitansLM,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    until: Until,
-    seeds: Sequence[int],
-    state: ModelState | None,
-    write: bool,
-) -> list[Told]:
-    """`tell` for prompts of one length, side by side."""
-    device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     decoders = [Decoder(tokenizer) for _ in prompts]
     stops = [Stops(until.stop) for _ in prompts]
     texts, counts = [""] * len(prompts), [0] * len(prompts)
-    rows = list(range(len(prompts)))
-    logits, after = prefill(model, torch.tensor(prompts, device=device), state, write)
-    for count in range(1, until.max_tokens + 1):
-        # A vocabulary may be padded; what the tokenizer does not know cannot be said.
-        known = logits[:, : tokenizer.vocab_size]
-        drawn = sample(known, until.sampling, [generators[row] for row in rows])
-        going = []
-        for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-            counts[row] = count
-            if token != tokenizer.end_of_document:
-                texts[row] += stops[row].feed(decoders[row].feed(token))
-                if not stops[row].hit:
-                    going.append(place)
-        if not going or count == until.max_tokens:
-            break
-        if len(going) < len(rows):
-            after, drawn = select_rows(after, going, len(rows)), drawn[going]
-            rows = [rows[place] for place in going]
-        output, after = model(drawn[:, None], after, write)
-        logits = output[:, -1]
+
+    def take(index: int, token: int) -> bool:
+        counts[index] += 1
+        if token == tokenizer.end_of_document:
+            return False
+        texts[index] += stops[index].feed(decoders[index].feed(token))
+        return not stops[index].hit
+
+    continue_prompts(
+        model,
+        prompts,
+        until.max_tokens,
+        until.sampling,
+        seeds,
+        take,
+        state=state,
+        vocabulary=tokenizer.vocab_size,  # a model's may be padded, and the rest cannot be said
+        write=write,
+    )
     ends = [s.feed(d.finish(), last=True) for s, d in zip(stops, decoders, strict=True)]
     return [Told(text + end, n) for text, end, n in zip(texts, ends, counts, strict=True)]
