@@ -63,7 +63,7 @@ def kind_of(hint: Any) -> dict[str, Any]:
 
 
 def whole(text: str) -> int:
-    """A whole number of 64 bits; positive ones may be written 64K or 1M."""
+    """A whole number of 64 bits; positive ones may be written 64K, 1M or 2G."""
     number = int(text) if text.lstrip("-").isdigit() else count(text)
     if abs(number) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")

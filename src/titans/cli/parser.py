@@ -34,8 +34,8 @@ def add_json(parser: Parser) -> None:
 
 
 def count(text: str) -> int:
-    """A number of tokens: 65536, 64K, 1M."""
-    scale = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    """A positive number: 65536, 64K, 1M, 2G."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
     digits = text if scale == 1 else text[:-1]
     if not digits.isdigit() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number such as 64K, got {text!r}")

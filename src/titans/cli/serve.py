@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from titans.cli.fields import whole
 from titans.cli.parser import Parser, verb
 
 
@@ -35,7 +36,8 @@ def add_settings(parser: Parser) -> None:
     )
     parser.add_argument("--token", help="what requests must carry; made if not on this machine")
     for name, about in LIMITS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=limit(name), help=about)
+        kind = float if name.endswith("_s") else whole
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=about)
 
 
 LIMITS = {
@@ -52,21 +54,6 @@ LIMITS = {
     "stall_s": "seconds without a byte until a client is given up",
     "batch": "sessions computed together",
 }
-
-
-def limit(name: str) -> Any:
-    """256, 64K, 16M, 2G; or seconds."""
-
-    def parse(text: str) -> int | float:
-        try:
-            if name.endswith("_s"):
-                return float(text)
-            scale = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
-            return int(text if scale == 1 else text[:-1]) * scale
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-
-    return parse
 
 
 def settings_of(options: argparse.Namespace) -> Any:
