@@ -267,7 +267,8 @@ def write_page(rows: list[Row]) -> None:
         "than 100 were asked), by `python results/babilong/run.py`. One model for tasks 1 to 5, of",
         f"{trained[0]['parameters']:,} parameters (within 2 %): three layers of width 128, tokens",
         f"of a byte-pair encoding of {VOCABULARY:,}; trained on rows of at most 4,096 tokens",
-        f"({trained[0]['steps']:,} steps of 4,096 tokens, float32), one seed.",
+        f"({trained[0]['steps']:,} steps of 4,096 tokens, float32), one seed. Memories are linear;",
+        "MAC's product with attention is sigmoid(norm(y)) norm(m), not the default.",
         "Guess: who always says the most frequent answer, at 0 tokens, which are the facts alone.",
         "Test questions and books do not occur in training. Our targets on task 1: "
         + ", ".join(f"{100 * share:.0f} % at {readable(n)}" for n, share in TARGETS.items())
