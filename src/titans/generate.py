@@ -82,6 +82,8 @@ def prefill(
 
     The head is computed at the end alone: with a small model that is half of the time of `stream`.
     """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be of shape (B, T), got {tuple(tokens.shape)}")
     output = None
     for start in range(0, max(tokens.shape[1], 1), PIECE):
         output = model.hidden(tokens[:, start : start + PIECE], state, write)
@@ -117,7 +119,10 @@ def generate(
     Raises ValueError for an empty prompt or list, a token outside the vocabulary, or a stop
     sequence without tokens.
     """
-    rows = [[int(t) for t in row] for row in prompts]
+    try:
+        rows = [[int(t) for t in row] for row in prompts]
+    except TypeError:
+        raise ValueError("prompts must be token ids, one list or row a prompt") from None
     check_prompts(rows, max_tokens)
     if any(len(s) == 0 for s in stop):
         raise ValueError("a stop sequence is empty: expected at least one token")
@@ -155,25 +160,57 @@ def continue_prompts(
     prompt and its text, but for the last token of it.
     """
     device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     states: dict[int, ModelState] = {}
     for length in sorted({len(prompt) for prompt in prompts}):
-        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        batch = torch.tensor([list(prompts[i]) for i in rows], device=device)
-        past = None if state is None else select_rows(state, rows, len(prompts))
-        logits, after = prefill(model, batch, past, write)
-        for left in reversed(range(max_tokens)):
-            drawn = sample(logits[:, :vocabulary], sampling, [generators[i] for i in rows])
-            going = [place for place, i in enumerate(rows) if take(i, int(drawn[place])) and left]
-            ended = sorted({*range(len(rows))} - {*going})
-            states |= {rows[place]: select_rows(after, [place], len(rows)) for place in ended}
-            if not going:
-                break
-            if ended:
-                after, drawn = select_rows(after, going, len(rows)), drawn[going]
-                rows = [rows[place] for place in going]
-            logits, after = decode_one(model, drawn, after, write)
+        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        batch = torch.tensor([list(prompts[i]) for i in group], device=device)
+        past = None if state is None else select_rows(state, group, len(prompts))
+
+        def of_group(row: int, token: int, group: list[int] = group) -> bool:
+            return take(group[row], token)
+
+        found = continue_rows(
+            model,
+            *prefill(model, batch, past, write),
+            max_tokens,
+            sampling,
+            [seeds[i] for i in group],
+            of_group,
+            vocabulary=vocabulary,
+            write=write,
+        )
+        states |= zip(group, found, strict=True)
     return [states[i] for i in range(len(prompts))]
+
+
+def continue_rows(
+    model: TitansLM,
+    logits: Float[Tensor, "b v"],
+    state: ModelState,
+    max_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    take: Callable[[int, int], bool],
+    *,
+    vocabulary: int | None = None,
+    write: bool = True,
+) -> list[ModelState]:
+    """`continue_prompts` of what was read already: logits and state are those after it."""
+    generators = [torch.Generator(logits.device).manual_seed(seed) for seed in seeds]
+    rows = list(range(len(seeds)))
+    states: dict[int, ModelState] = {}
+    for left in reversed(range(max_tokens)):
+        drawn = sample(logits[:, :vocabulary], sampling, [generators[row] for row in rows])
+        going = [place for place, row in enumerate(rows) if take(row, int(drawn[place])) and left]
+        ended = sorted({*range(len(rows))} - {*going})
+        states |= {rows[place]: select_rows(state, [place], len(rows)) for place in ended}
+        if not going:
+            break
+        if ended:
+            state, drawn = select_rows(state, going, len(rows)), drawn[going]
+            rows = [rows[place] for place in going]
+        logits, state = decode_one(model, drawn, state, write)
+    return [states[row] for row in range(len(seeds))]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -255,12 +292,12 @@ def read_through(
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
     device = next(model.parameters()).device
-    logits: Tensor | None = None
+    reading, logits = None, None
     for tokens in pieces(source, piece):
         reading = read(model, tokens.to(device), state, logits, write)
         state, logits = reading.state, reading.logits  # type: ignore[attr-defined]
         yield reading
-    if state is None:
+    if reading is None:
         raise ValueError("the text is empty: expected at least one token")
 
 

@@ -135,6 +135,23 @@ def test_accuracies_are_those_of_our_own_suite(tmp_path, without_shape_checks) -
     assert mean.value == pytest.approx(ours.accuracy)
 
 
+def test_a_group_of_groups_counts_the_questions_of_all(tmp_path, without_shape_checks) -> None:
+    """As lm-eval's mmlu has them."""
+    write_questions(tmp_path)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    aggregate = "aggregate_metric_list: [{metric: acc}]"
+    (folder / "inner.yaml").write_text(f"group: inner\ntask: [titans_piqa]\n{aggregate}\n")
+    (folder / "outer.yaml").write_text(
+        f"group: outer\ntask: [inner, titans_hellaswag]\n{aggregate}\n"
+    )
+    result = harness(
+        build(),
+        HarnessConfig(tasks=("outer",), include=(str(folder),), questions=str(tmp_path)),
+    )
+    assert {group.task: group.items for group in result.groups} == {"inner": 6, "outer": 12}
+
+
 def accuracy_per_character(model: TitansLM, folder: Path, name: str) -> float:
     (path,) = folder.glob(f"{name}.*")
     right = []
@@ -194,6 +211,23 @@ def test_likelihoods_are_those_of_whole_texts(variant: str) -> None:
         assert greedy == all(int(rows[i - 1].argmax()) == text[i] for i in steps)
 
 
+def test_no_more_rows_than_asked_for_are_read_side_by_side() -> None:
+    """lm-eval's BLiMP asks for 134,000 sentences after one empty context."""
+    model, sizes = build(), []
+    pairs = [("", f"sentence {number}") for number in range(7)]
+    together = HarnessLM(model, batch_size=32).loglikelihood(ask("loglikelihood", *pairs))
+    original = model.run
+
+    def counted(tokens, *rest):
+        sizes.append(len(tokens))
+        return original(tokens, *rest)
+
+    model.run = counted
+    found = HarnessLM(model, batch_size=3).loglikelihood(ask("loglikelihood", *pairs))
+    assert max(sizes) == 3
+    assert [log for log, _ in found] == pytest.approx([log for log, _ in together], rel=1e-10)
+
+
 def test_what_the_model_itself_says_is_greedy() -> None:
     model = build()
     text = list(b"who said")
@@ -221,7 +255,7 @@ def test_a_context_is_read_once_for_its_choices(monkeypatch) -> None:
 
     monkeypatch.setattr(TitansLM, "run", watched)
     pairs = [("c" * 50, " one"), ("d" * 50, " two"), ("c" * 50, " three")]
-    HarnessLM(model).loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+    HarnessLM(model, batch_size=2).loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
     assert read == [(1, 50), (2, 5), (1, 50), (1, 3)]
 
 

@@ -147,7 +147,7 @@ def test_rows_are_answered_as_each_alone(variant):
         Sample(len(t), lambda t=t: iter([Piece(t[:20]), Piece(t[20:])]), t, ("",), "")
         for t in texts
     ]
-    given = answer(model, samples, 5)
+    given = answer(model, samples, 5, 257)
     for row, text in zip(given, texts, strict=True):
         alone = generate(model, [text.tolist()], 5, sampling=Sampling(temperature=0.0))
         assert row.tolist() == alone.tokens[0]
@@ -163,8 +163,18 @@ def test_without_writing_nothing_is_remembered():
     )
     text = np.arange(40)
     sample = Sample(40, lambda: iter([Piece(text)]), text, ("",), "")
-    answer(model, [sample], 3, write=False)
+    answer(model, [sample], 3, 257, write=False)
     assert wrote == [False] * 3
+
+
+def test_what_pads_a_vocabulary_is_never_said(folder):
+    """Its logits are trained by nothing, and a tokenizer cannot decode what it does not have."""
+    torch.manual_seed(0)
+    model = TitansLM(dataclasses.replace(tiny(), vocab_size=512))
+    with torch.no_grad():
+        model.head.weight[257:] *= 50
+    cells = needle(model, config(folder, kinds=("single-1",), samples=2)).cells
+    assert {cell.asked for cell in cells} == {2}
 
 
 def test_string_match_counts_the_expected():

@@ -8,36 +8,40 @@ from jaxtyping import Int
 from torch import Tensor
 
 from titans.data.haystack import Sample, blocks
-from titans.generate import PIECE, prefill
+from titans.generate import PIECE, Sampling, continue_rows, prefill
 from titans.models.lm import TitansLM
 
 
 @torch.no_grad()
 def answer(
-    model: TitansLM, samples: Sequence[Sample], count: int, write: bool = True
+    model: TitansLM, samples: Sequence[Sample], count: int, vocabulary: int, write: bool = True
 ) -> np.ndarray:
     """The `count` most likely tokens after each prompt, one after the other: (samples, count).
 
     Prompts of one length are read side by side, so that their number bounds the memory, and not
-    their length. write=False: memories are only read.
+    their length. vocabulary: of the tokenizer; a model's may be padded, and the rest cannot be
+    said. write=False: memories are only read.
     """
     device = next(model.parameters()).device
-    given = np.empty((len(samples), count), dtype=np.int64)
+    given: list[list[int]] = [[] for _ in samples]
     for length in sorted({sample.length for sample in samples}):
         rows = [i for i, sample in enumerate(samples) if sample.length == length]
         text = side_by_side([samples[i] for i in rows])
         logits, state = None, None
         for piece in text:
             logits, state = prefill(model, piece.to(device), state, write)
-        if logits is None:
+        if logits is None or state is None:
             raise ValueError("a prompt is empty: expected at least one token")
-        token = logits.argmax(-1)
-        for place in range(count):
-            given[rows, place] = token.cpu().numpy()
-            if place < count - 1:
-                logits, state = model(token[:, None], state, write)
-                token = logits[:, -1].argmax(-1)
-    return given
+
+        def take(row: int, token: int, rows: list[int] = rows) -> bool:
+            given[rows[row]].append(token)
+            return True
+
+        greedy, seeds = Sampling(temperature=0.0), range(len(rows))
+        continue_rows(
+            model, logits, state, count, greedy, seeds, take, vocabulary=vocabulary, write=write
+        )
+    return np.array(given, dtype=np.int64)
 
 
 def side_by_side(samples: Sequence[Sample]) -> Iterator[Int[Tensor, "samples piece"]]:

@@ -127,7 +127,8 @@ def ask(
             task.sample(question, length, np.random.default_rng((config.seed, number, index)))
             for index, question in enumerate(questions[begin : begin + config.rows], start=begin)
         ]
-        for given, sample in zip(answer(model, samples, count, config.write), samples, strict=True):
+        rows = answer(model, samples, count, tokenizer.vocab_size, config.write)
+        for given, sample in zip(rows, samples, strict=True):
             said = tokenizer.decode(given)
             scores += names_it(said, sample.expected[0], sample.question, task.labels)
             right += exact(given, sample)

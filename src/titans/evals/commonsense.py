@@ -153,9 +153,9 @@ class Likelihood(NamedTuple):
 
 @torch.inference_mode()
 def likelihoods(
-    model: TitansLM, options: Sequence[EncodedOption], write: bool = True
+    model: TitansLM, options: Sequence[EncodedOption], write: bool = True, rows: int = 32
 ) -> list[Likelihood]:
-    """How likely every option's continuation is.
+    """How likely every option's continuation is; at most `rows` are read side by side.
 
     A context that options share is read once; each reads its continuation from a copy of what
     is remembered then. Rows of one batch are padded after their end, which changes nothing
@@ -164,20 +164,22 @@ def likelihoods(
     device = next(model.parameters()).device
     found: dict[int, Likelihood] = {}
     for context in dict.fromkeys(option.context for option in options):
-        members = [i for i, option in enumerate(options) if option.context == context]
-        answers = [torch.tensor(options[i].continuation) for i in members]
         for reading in stream(model, torch.tensor(context), write=write):  # noqa: B007
             pass
-        logits = reading.logits.expand(len(members), -1)[:, None]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True).to(device)
-        if padded.shape[1] > 1:
-            start = select_rows(reading.state, members, 1)
-            logits = torch.cat([logits, model(padded[:, :-1], start, write)[0]], 1)
-        nll = F.cross_entropy(logits.double().transpose(1, 2), padded, reduction="none").cpu()
-        likeliest = (logits.argmax(-1) == padded).cpu()
-        for i, answer, row, hits in zip(members, answers, nll, likeliest, strict=True):
-            end = len(answer)
-            found[i] = Likelihood(-row[:end].sum().item(), bool(hits[:end].all()))
+        asked = [i for i, option in enumerate(options) if option.context == context]
+        for begin in range(0, len(asked), rows):
+            members = asked[begin : begin + rows]
+            answers = [torch.tensor(options[i].continuation) for i in members]
+            logits = reading.logits.expand(len(members), -1)[:, None]
+            padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True).to(device)
+            if padded.shape[1] > 1:
+                start = select_rows(reading.state, members, 1)
+                logits = torch.cat([logits, model(padded[:, :-1], start, write)[0]], 1)
+            nll = F.cross_entropy(logits.double().transpose(1, 2), padded, reduction="none").cpu()
+            likeliest = (logits.argmax(-1) == padded).cpu()
+            for i, answer, row, hits in zip(members, answers, nll, likeliest, strict=True):
+                end = len(answer)
+                found[i] = Likelihood(-row[:end].sum().item(), bool(hits[:end].all()))
     return [found[i] for i in range(len(options))]
 
 

@@ -136,7 +136,8 @@ def ask(
             for index in range(begin, min(begin + config.rows, config.samples))
         ]
         count = config.generated or max(len(sample.answer) for sample in samples)
-        for given, sample in zip(answer(model, samples, count, config.write), samples, strict=True):
+        rows = answer(model, samples, count, tokenizer.vocab_size, config.write)
+        for given, sample in zip(rows, samples, strict=True):
             said = tokenizer.decode(given[: config.generated or len(sample.answer)])
             scores += string_match(said, sample)
             right += exact(given, sample)

@@ -107,10 +107,14 @@ def harness(
     counts = {name: count["effective"] for name, count in results["n-samples"].items()}
     groups = results.get("groups", {})
     members = results["group_subtasks"]
-    sizes = {name: sum(counts[task] for task in members[name]) for name in groups}
+
+    def size(name: str) -> int:
+        """Documents of a task, or of a group, in which there may be others."""
+        return counts[name] if name in counts else sum(map(size, members[name]))
+
     return HarnessResult(
         scores=tuple(scores({k: v for k, v in results["results"].items() if k in counts}, counts)),
-        groups=tuple(scores(groups, sizes)),
+        groups=tuple(scores(groups, {name: size(name) for name in groups})),
         version=__version__,
         write=config.write,
     )

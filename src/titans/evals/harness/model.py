@@ -75,7 +75,7 @@ class HarnessLM(LM):
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for context, indices in tqdm(members.items(), "contexts", disable=disable_tqdm or None):
             options = self.encode_options(context, [requests[i].args[1] for i in indices])
-            likely = likelihoods(self.model, options, self.write)
+            likely = likelihoods(self.model, options, self.write, self.rows)
             for index, one in zip(indices, likely, strict=True):
                 found[index] = (one.log, one.greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[index].args, found[index])
