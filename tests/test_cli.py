@@ -98,7 +98,8 @@ def test_generate_repeats_with_its_seed_and_goes_on_from_a_memory(
     memory = tmp_path / "t.memory"
     run(capsys, "stream", model_file, tmp_path / "t.txt", "--save", memory)
     assert run(capsys, *common, "--memory", memory) != one
-    (tmp_path / "prompt.txt").write_text("Once")
+    # A byte order mark is no text, as in every file that is read.
+    (tmp_path / "prompt.txt").write_text("Once", encoding="utf-8-sig")
     again = ("generate", model_file, "--prompt", f"@{tmp_path / 'prompt.txt'}", *common[4:])
     assert run(capsys, *again) == one
 
@@ -184,7 +185,7 @@ def test_bad_files_and_values_are_one_line(capsys, tmp_path, model_file) -> None
         ((*generate, "a", "--top-p", 7), "top_p must lie in"),
         ((*generate, "a", "--memory", damaged), "damaged memory file"),
         ((*generate, "a", "--memory", model_file), "not a memory file"),
-        ((*generate, "@" + str(tmp_path / "binary.txt")), "not UTF-8 text"),
+        ((*generate, "@" + str(tmp_path / "binary.txt")), "expected UTF-8 text"),
         (("generate", other, "--prompt", "a", "--memory", memory), "belongs to another model"),
         (("generate", memory, "--prompt", "a"), "not a model file"),
         (("generate", text, "--prompt", "a"), "not a readable safetensors file"),
@@ -235,7 +236,10 @@ def test_targets_and_numbers_are_checked_before_the_work(capsys, tmp_path, model
         (("stream", model_file, text, "--save", tmp_path), "is a folder, expected a file"),
         (("demo", "--streams", 0, "--out", tmp_path / "o"), "streams must be at least 1"),
         (("demo", "--seed", -1, "--out", tmp_path / "o"), "seed must not be negative"),
-        (("data", "prepare", text, "--out", tmp_path / "s", "--encoding", "hex"), "hex"),
+        (
+            ("data", "prepare", text, "--out", tmp_path / "s", "--encoding", "hex"),
+            "text encoding, got 'hex'",
+        ),
         (("data", "prepare", text, "--out", tmp_path / "s", "--split", "test"), "--split has no"),
         (
             ("data", "prepare", "hub:x", "--out", tmp_path / "s", "--strip-gutenberg"),

@@ -346,9 +346,9 @@ def lost(rows: list[Row], job: Row) -> bool:
 
 def write_page(rows: list[Row]) -> None:
     rows, failed = split_diverged(rows)
-    if not rows:
-        return
     trained = [r for r in rows if r["stage"] == "train"]
+    if not trained:
+        return
     tested = [r for r in rows if r["stage"] == "test"]
     lengths = sorted({r["length"] for r in tested})
     books = next(r["tokens"] for r in rows if r["stage"] == "prose")

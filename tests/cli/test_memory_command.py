@@ -102,6 +102,14 @@ def test_the_demo_model_is_told_once_and_asked_many_times(capsys, tmp_path) -> N
     assert run(capsys, "ask", "demo", memory, questions[1], *common) == "1379\n"
     lines = run(capsys, "ask", "demo", memory, *questions, *common).splitlines()
     assert lines == ["> " + questions[0], "4821", "> " + questions[1], "1379"]
+    # A text that ends answers does not swallow the questions that follow it.
+    stopped = ("ask", "demo", memory, "--stop", "8", "--stop", "7", *questions, *common)
+    assert run(capsys, *stopped).splitlines() == [
+        "> " + questions[0],
+        "4",
+        "> " + questions[1],
+        "13",
+    ]
     (tmp_path / "q.txt").write_text(questions[0])
     assert run(capsys, "ask", asset("demo.safetensors"), memory, f"@{tmp_path / 'q.txt'}", *common)
     assert memory.read_bytes() == content
@@ -281,7 +289,7 @@ def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_fi
         (("read", model_file, texts[0], "-o", "/dev/null"), "/dev/null: is no regular file"),
         (("read", model_file, texts[0], "--device", "gpu7", *out), "'gpu7' cannot be used"),
         (("read", model_file, texts[0], "--encoding", "hex8", *out), "text encoding, got 'hex8'"),
-        (("ask", model_file, memory, "Once", "--stop", ""), "--stop is empty: expected a text"),
+        (("ask", model_file, memory, "--stop", "", "Once"), "--stop is empty: expected a text"),
         ((), "required: ACTION"),
     ):
         assert message in refused(capsys, *arguments)

@@ -30,6 +30,14 @@ def test_queries_with_choices(tmp_path) -> None:
     assert next(read_choices(path, " A:")).options[0].context == "Question: Why? A:"
 
 
+def test_keys_of_another_layout_beside_its_own_change_nothing(tmp_path) -> None:
+    row = {"query": "4 or 5?", "choices": ["4", "5"], "gold": 1}
+    boolq = {"passage": "It is.", "question": "is it", "answer": "Paris"}
+    assert list(read_choices(write_lines(tmp_path / "a.jsonl", row | boolq))) == list(
+        read_choices(write_lines(tmp_path / "b.jsonl", row))
+    )
+
+
 def test_boolq_and_siqa_as_they_are_published(tmp_path) -> None:
     boolq = {"question": "is it so", "passage": "It is. ", "answer": True, "title": "It"}
     answers = {"answerA": "a", "answerB": "b", "answerC": "c"}

@@ -18,6 +18,7 @@ from titans.evals.ablation import (
 )
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM
+from titans.train.objective import NonFiniteError
 
 DELTA = ("gated-deltanet", "gated-deltanet-closing")
 OTHER_RULE = ("-sigmoid", "-by-attention", "linear", "deltanet")
@@ -106,6 +107,22 @@ def test_scores_are_perplexities_of_the_trained_models(config, tmp_path):
     assert result.chunks[0].bits_per_byte != score.bits_per_byte
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], tensor)
+
+
+def test_a_part_that_diverges_is_named_and_the_others_go_on(config, monkeypatch):
+    def fails(config, part, seed, folder):
+        if part == "lmm":
+            raise NonFiniteError("step 2: the loss is not finite")
+        return train_part(config, part, seed, folder)
+
+    monkeypatch.setattr("titans.evals.ablation.train_part", fails)
+    seen = []
+    result = ablation(config, seen.append)
+    assert [score.part for score in result.parts] == ["linear"]
+    assert [(one.model, one.reason) for one in result.diverged] == [
+        ("lmm", "step 2: the loss is not finite")
+    ]
+    assert seen == [*result.diverged, *result.parts, *result.chunks]
 
 
 def test_a_rule_without_chunks_is_not_read_in_them(config):

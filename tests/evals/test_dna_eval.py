@@ -10,7 +10,16 @@ import torch
 
 from titans.data.dna import reverse_complement
 from titans.evals import dna as module
-from titans.evals.dna import ClassifierScore, DNAConfig, dna, load_task, matthews, predict
+from titans.evals.dna import (
+    ClassifierScore,
+    DNAConfig,
+    dna,
+    load_task,
+    matthews,
+    predict,
+    train_and_test,
+)
+from titans.evals.report import Diverged
 from titans.train.objective import NonFiniteError
 
 MOTIF = "GATTACA"
@@ -186,9 +195,21 @@ def test_a_batch_holds_every_sequence_once_on_either_strand(tmp_path) -> None:
     assert 10 < turned < 30
 
 
-def test_diverging_training_is_named(tmp_path) -> None:
+def test_a_diverging_training_is_named_and_the_others_go_on(tmp_path, monkeypatch) -> None:
+    def fails(config, task, name, seed):
+        if name == "lmm":
+            raise NonFiniteError("step 3: the loss is not finite")
+        return train_and_test(config, task, name, seed)
+
+    monkeypatch.setattr("titans.evals.dna.train_and_test", fails)
+    seen: list[ClassifierScore | Diverged] = []
+    result = dna(small(tmp_path, models=("lmm", "cnn")), seen.append)
+    assert [score.model for score in result.scores] == ["cnn"]
+    assert result.diverged == (Diverged(model="lmm", seed=0, reason=str(seen[0].reason)),)
+    assert seen == [*result.diverged, *result.scores]
+    task = load_task(small(tmp_path))
     with pytest.raises(NonFiniteError, match="is not finite"):
-        dna(small(tmp_path, models=("transformer",), learning_rate=1e20))
+        train_and_test(small(tmp_path, learning_rate=1e20), task, "transformer", 0)
 
 
 def test_a_limit(tmp_path) -> None:

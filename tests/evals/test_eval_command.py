@@ -5,6 +5,7 @@ import inspect
 import json
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from titans import TitansConfig, TitansLM
@@ -12,6 +13,8 @@ from titans.cli import main
 from titans.cli.eval import SUITES, load_suite
 from titans.cli.fields import add_fields, from_options
 from titans.cli.parser import Parser
+from titans.data.needle import NeedleTask
+from titans.data.tokenizers import ByteTokenizer
 from titans.evals import needle
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.evals.recall import RecallConfig, recall
@@ -190,6 +193,11 @@ def test_every_cell_is_told_and_kept_as_soon_as_it_is_there(tmp_path, capsys, mo
         main(command)
     (cell,) = map(json.loads, kept.read_text().splitlines())
     assert cell["length"] == 600
+    before, stop_at = kept.read_text(), len(seen) + 2
+    with pytest.raises(SystemExit, match="130"):
+        main(command)  # from the beginning, as a suite has no memory of itself
+    assert kept.read_text() == before
+    assert (tmp_path / "out" / "needle.part2.jsonl").read_text() == before
 
 
 def test_a_length_too_short_is_refused_before_any_is_asked(tmp_path, capsys):
@@ -203,6 +211,26 @@ def test_a_length_too_short_is_refused_before_any_is_asked(tmp_path, capsys):
         main([*command, "--kinds", "single-1", "--lengths", "600", "20", "--samples", "1"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "20 tokens" in line
+    # Questions differ in length: what holds the first may not hold another.
+    task = NeedleTask("single-1", tmp_path, None, ByteTokenizer(), held_out=True)
+
+    def fits(length: int, seed: int, index: int) -> bool:
+        try:
+            task.sample(length, np.random.default_rng((seed, index)))
+        except ValueError:
+            return False
+        return True
+
+    def shortest(seed: int, index: int) -> int:
+        return next(n for n in range(300, 500) if fits(n, seed, index))
+
+    seed = next(s for s in range(99) if shortest(s, 0) < shortest(s, 1))
+    short = shortest(seed, 0)
+    asked = ["--seed", str(seed), "--lengths", "900", str(short), "--samples", "2"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--kinds", "single-1", *asked])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{short} tokens" in line
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from titans.data.facts import (
     Fact,
     FactBatches,
     draw_facts,
+    values_of,
 )
 from titans.evals.facts import ask, hide_facts, read
 
@@ -35,6 +36,16 @@ def test_facts_of_training_and_test_are_disjoint() -> None:
     assert not {f.name for f in train} & {f.name for f in test}
     assert not {f.value for f in train} & {f.value for f in test}
     assert len({f.value for f in test}) == len({f.name for f in test}) == 300
+
+
+def test_more_facts_than_there_are_values_are_refused() -> None:
+    """There is no end to drawing them."""
+    draw = np.random.default_rng(0)
+    most = values_of(held_out=True)
+    assert most + values_of(held_out=False) == 10**4
+    with pytest.raises(ValueError, match=f"at most {most:,} facts, got {most + 1:,}"):
+        draw_facts(most + 1, draw, held_out=True)
+    assert len({fact.value for fact in draw_facts(most, draw, held_out=True)}) == most
 
 
 def test_the_library_text_is_split_by_module() -> None:

@@ -21,6 +21,7 @@ from titans.evals.forecast import (
     fit,
     forecast,
     loss_of,
+    plot,
     plot_examples,
 )
 from titans.evals.report import markdown_table, write_json
@@ -234,6 +235,25 @@ def test_diverging_training_is_named(seasonal: str) -> None:
     )
     with pytest.raises(NonFiniteError, match="step 2: the loss is not finite"):
         fit(settings)
+
+
+def test_the_others_go_on_where_one_diverges(seasonal: str, monkeypatch, tmp_path) -> None:
+    def fails(settings, data=None):
+        if settings.model == "dlinear":
+            raise NonFiniteError("step 2: the loss is not finite")
+        return fit(settings, data)
+
+    monkeypatch.setattr("titans.evals.forecast.fit", fails)
+    before = torch.random.get_rng_state()
+    small = {name: value for name, value in SMALL.items() if name != "horizon"}
+    config = ForecastConfig(data=seasonal, horizons=(12,), models=("dlinear", "lmm"), **small)
+    result = forecast(config)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's draws are its own
+    assert [run.model for run in result.runs] == ["lmm"]
+    assert [(one.model, one.seed) for one in result.diverged] == [("dlinear", config.seed)]
+    plot(result, tmp_path / "f.png")
+    alone = forecast(dataclasses.replace(config, models=("dlinear",)))
+    assert (alone.runs, alone.examples) == ((), ())
 
 
 def test_report_files(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from titans.bench.layer import describe
 from titans.bench.measure import MatrixPeak, Timing, check_device, interleave
 from titans.data.carrier import endless, files_text, python_text
 from titans.data.facts import DIGITS, STATEMENT_SIZE, Fact
-from titans.data.tokenizers import tokenizer_of
+from titans.data.tokenizers import ByteTokenizer, tokenizer_of
 from titans.demo import asset
 from titans.evals.facts import MARGIN, HiddenFacts, hide_facts
 from titans.fresh import in_fresh_process
@@ -132,7 +132,7 @@ def ways(
     def answer(fact: Fact, memory: ModelState) -> str:
         greedy = Sampling(temperature=0.0)
         new = generate(model, [list(fact.question)], DIGITS, sampling=greedy, state=memory)
-        return bytes(new.tokens[0]).decode(errors="replace")
+        return ByteTokenizer().decode(new.tokens[0])
 
     def command(fact: Fact) -> str:
         name = "demo" if bench.model is None else str(bench.model)

@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(EXIT_BAD_INPUT)
-    except (ValueError, ImportError, OSError, LookupError, OverflowError) as error:
+    except (ValueError, ImportError, OSError, OverflowError) as error:
         fail(" ".join(str(error).split()))
     except MemoryError:
         fail("out of memory")
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # our own, with a message for the user
+        if type(error).__module__.startswith("titans."):  # with a message for the user
             fail(" ".join(str(error).split()))
         if "allocate" in str(error):
             fail(f"out of memory ({str(error).splitlines()[0]})")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def run_eval(options: argparse.Namespace) -> None:
     function: Callable[..., Any] = getattr(module, suite.module)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not when the work is done
-    part = None if options.out is None else options.out / f"{options.suite}.part.jsonl"
+    part = None if options.out is None else free_name(options.out, options.suite)
     if "watch" in inspect.signature(function).parameters:
         function = partial(function, watch=partial(progress, part=part, told=[]))
     if suite.reads:
@@ -127,6 +128,12 @@ def run_eval(options: argparse.Namespace) -> None:
         print(f"Wrote {' and '.join(written)} to {options.out}/")
     if options.json:
         print(json.dumps(content))
+
+
+def free_name(folder: Path, suite: str) -> Path:
+    """For what is done so far; what a stopped run has left stays beside it."""
+    names = (f"{suite}.part{n}.jsonl" for n in itertools.chain([""], itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def progress(cell: Any, part: Path | None, told: list[Any]) -> None:

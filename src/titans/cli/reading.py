@@ -53,9 +53,10 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--min-p", type=float)
     parser.add_argument(
         "--stop",
-        nargs="*",
+        action="append",
         default=[],
-        help="texts that end the answer; an end of document does too",
+        metavar="TEXT",
+        help="ends the answer; may be given again; an end of document does too",
     )
     parser.add_argument("--seed", type=int)
 
@@ -219,8 +220,7 @@ def read_prompt(text: str) -> str:
     """A prompt as given, or the content of FILE for @FILE."""
     if not text.startswith("@"):
         return text
-    path = Path(text[1:])
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+    from titans.data.documents import open_text
+
+    with open_text(Path(text[1:]), "utf-8-sig") as file:
+        return file.read()

@@ -25,6 +25,7 @@ from titans.data.documents import open_text
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".txt", ".txt.gz", ".txt.bz2")
 ENDINGS = 4
 SIQA = ("answerA", "answerB", "answerC")
+OWN_LAYOUTS = ({"query", "choices"}, {"context_options", "continuation"})
 
 
 class Option(NamedTuple):
@@ -91,7 +92,7 @@ def read_json_lines(path: Path, answer: str) -> Iterator[Item]:
 
 
 def read_row(row: Any, where: str, answer: str) -> Item:
-    if isinstance(row, dict):
+    if isinstance(row, dict) and not any(own <= row.keys() for own in OWN_LAYOUTS):
         row = as_query(row, where)
     keys = set(row) if isinstance(row, dict) else set()
     if {"query", "choices"} <= keys:

@@ -95,7 +95,7 @@ def read_documents(
 def check_encoding(encoding: str) -> None:
     """ValueError for the name of none."""
     try:
-        codecs.lookup("utf-8" if encoding == AUTO else encoding)
+        "".encode("utf-8" if encoding == AUTO else encoding)  # some codecs are of no text
     except LookupError as error:
         raise ValueError(f"expected the name of a text encoding, got {encoding!r}") from error
 

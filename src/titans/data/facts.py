@@ -5,6 +5,7 @@ each must be bound to its name. Names and values of the tests never occur in tra
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,12 @@ class Batch(NamedTuple):
 
 
 def draw_facts(count: int, generator: np.random.Generator, held_out: bool) -> list[Fact]:
-    """Facts with distinct names and distinct values from the training or the test split."""
+    """Facts with distinct names and distinct values from the training or the test split.
+
+    ValueError for more than the split has values.
+    """
+    if count > values_of(held_out):
+        raise ValueError(f"expected at most {values_of(held_out):,} facts, got {count:,}")
     facts: dict[str, str] = {}
     used: set[str] = set()
     while len(facts) < count:
@@ -61,6 +67,12 @@ def draw_facts(count: int, generator: np.random.Generator, held_out: bool) -> li
             facts[name] = value
             used.add(value)
     return [Fact(name, value) for name, value in facts.items()]
+
+
+@cache
+def values_of(held_out: bool) -> int:
+    """How many different values the test split has, or the training one."""
+    return sum(is_held_out(f"{value:0{DIGITS}d}") == held_out for value in range(10**DIGITS))
 
 
 def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]], text_weight: float) -> Batch:

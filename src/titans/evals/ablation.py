@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from titans.baselines import BASELINES
 from titans.config import MemoryConfig, TitansConfig, unknown
 from titans.data.tokenizers import ByteTokenizer
 from titans.evals.perplexity import PerplexityConfig, perplexity, tokenized
+from titans.evals.report import Diverged, or_diverged
 from titans.models.lm import TitansLM, load
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from titans.train.loop import train
@@ -185,21 +187,30 @@ class AblationResult:
     config: AblationConfig
     parts: tuple[PartScore, ...]
     chunks: tuple[ChunkScore, ...]
+    diverged: tuple[Diverged, ...]
 
 
 def ablation(
-    config: AblationConfig, watch: Callable[[PartScore | ChunkScore], None] | None = None
+    config: AblationConfig,
+    watch: Callable[[PartScore | ChunkScore | Diverged], None] | None = None,
 ) -> AblationResult:
     """Train every part with every seed, and test it; `watch` sees every score as it is there."""
     # Before any training: is there something to test on?
     sizes = [len(document.tokens) for document in tokenized(reading(config), ByteTokenizer())]
     if max(sizes, default=0) < 2:
         raise ValueError("test_paths: expected a text of two bytes or more, got none")
-    parts, chunks = [], []
+    parts, chunks, failed = [], [], []
     for seed in config.seeds:
         for part in config.parts:
             with tempfile.TemporaryDirectory() as folder:
-                trained, score = train_part(config, part, seed, Path(folder) / "run")
+                run = partial(train_part, config, part, seed, Path(folder) / "run")
+                one = or_diverged(run, part, seed)
+            if isinstance(one, Diverged):
+                failed.append(one)
+                if watch is not None:
+                    watch(one)
+                continue
+            trained, score = one
             parts.append(score)
             if watch is not None:
                 watch(score)
@@ -208,7 +219,9 @@ def ablation(
                 chunks.append(ChunkScore(part=part, seed=seed, chunk_size=size, bits_per_byte=bits))
                 if watch is not None:
                     watch(chunks[-1])
-    return AblationResult(config=config, parts=tuple(parts), chunks=tuple(chunks))
+    return AblationResult(
+        config=config, parts=tuple(parts), chunks=tuple(chunks), diverged=tuple(failed)
+    )
 
 
 def train_part(

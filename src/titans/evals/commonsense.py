@@ -8,7 +8,7 @@ WinoGrande's options differ in the context, so its two accuracies are the same.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -79,9 +79,13 @@ class EncodedOption(NamedTuple):
 
 
 def commonsense(
-    model: TitansLM, config: CommonsenseConfig, tokenizer: Tokenizer | None = None
+    model: TitansLM,
+    config: CommonsenseConfig,
+    tokenizer: Tokenizer | None = None,
+    watch: Callable[[TaskScore], None] | None = None,
 ) -> CommonsenseResult:
-    """Score every file of `config.paths`; the tokenizer defaults to bytes.
+    """Score every file of `config.paths`; the tokenizer defaults to bytes. `watch` sees every
+    score as it is there.
 
     Raises ValueError, in one line and before any question is asked, for a file that is none of
     the layouts and for a tokenizer that is not the model's.
@@ -95,6 +99,8 @@ def commonsense(
     for path, items in files:
         right = [judge(model, tokenizer, item, config.write) for item in items]
         tasks.append(task_score(task_name(path), right))
+        if watch is not None:
+            watch(tasks[-1])
     return CommonsenseResult(
         tasks=tuple(tasks),
         accuracy=sum(t.accuracy for t in tasks) / len(tasks),

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from titans.config import MemoryConfig, TitansConfig, check_fields, require_positive
 from titans.data.dna import BASES, DNATask, Labelled, read_task, reverse_complement, select
 from titans.data.documents import expand_paths
+from titans.evals.report import Diverged, or_diverged
 from titans.models.classifier import ConvolutionalClassifier, Pooling, SequenceClassifier
 from titans.train.config import OptimizerConfig
 from titans.train.loop import choose_device
@@ -133,26 +135,35 @@ class DNAResult:
     split: str
     majority: float
     scores: tuple[ClassifierScore, ...]
+    diverged: tuple[Diverged, ...]
 
 
-def dna(config: DNAConfig, watch: Callable[[ClassifierScore], None] | None = None) -> DNAResult:
+def dna(
+    config: DNAConfig, watch: Callable[[ClassifierScore | Diverged], None] | None = None
+) -> DNAResult:
     """Train and test every model of `config.models` with every seed; `watch` sees every score as it
     is there.
 
     Raises ValueError, in one line, for a folder or a sequence that cannot be read.
     """
     task = load_task(config)
-    scores = []
+    scores, failed = [], []
     for seed in config.seeds:
         for model in config.models:
-            scores.append(train_and_test(config, task, model, seed))
+            run = partial(train_and_test, config, task, model, seed)
+            one = or_diverged(run, model, seed)
+            if isinstance(one, Diverged):
+                failed.append(one)
+            else:
+                scores.append(one)
             if watch is not None:
-                watch(scores[-1])
+                watch(one)
     return DNAResult(
         task=task.name,
         split=task.split,
         majority=np.bincount(task.test.labels).max().item() / len(task.test.labels),
         scores=tuple(scores),
+        diverged=tuple(failed),
     )
 
 

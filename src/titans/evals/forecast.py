@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from titans.data.timeseries import (
     Windows,
     load_forecast_data,
 )
+from titans.evals.report import Diverged, or_diverged
 from titans.models.baselines.dlinear import DLinear
 from titans.models.forecaster import Forecaster, ForecasterConfig, Head
 from titans.train.objective import NonFiniteError, descend
@@ -174,10 +176,11 @@ class ForecastResult:
     config: ForecastConfig
     runs: tuple[ForecastRun, ...]
     examples: tuple[Example, ...]
+    diverged: tuple[Diverged, ...]
 
 
 def forecast(
-    config: ForecastConfig, watch: Callable[[ForecastRun], object] | None = None
+    config: ForecastConfig, watch: Callable[[ForecastRun | Diverged], object] | None = None
 ) -> ForecastResult:
     """Train every model on the training part, stop by the validation part, score the test part.
 
@@ -193,18 +196,24 @@ def forecast(
         with torch.device("meta"):
             for model in config.models:
                 build(config.settings(model, data.horizon))
-    runs, examples = [], []
+    runs, examples, failed = [], [], []
     for horizon, data in zip(config.horizons, series, strict=True):
         shown: list[Example] = []
         for model in config.models:
-            fitted = fit(config.settings(model, horizon), data)
-            runs.append(fitted.result)
-            shown.append(example(fitted, config.window, channels))
+            settings = config.settings(model, horizon)
+            fitted = or_diverged(partial(fit, settings, data), model, settings.seed)
+            if isinstance(fitted, Diverged):
+                failed.append(fitted)
+            else:
+                runs.append(fitted.result)
+                shown.append(example(fitted, config.window, channels))
             if watch is not None:
-                watch(fitted.result)
+                watch(fitted if isinstance(fitted, Diverged) else fitted.result)
         forecasts = {name: values for one in shown for name, values in one.forecasts.items()}
-        examples.append(replace(shown[0], forecasts=forecasts))
-    return ForecastResult(config=config, runs=tuple(runs), examples=tuple(examples))
+        examples += [replace(one, forecasts=forecasts) for one in shown[:1]]
+    return ForecastResult(
+        config=config, runs=tuple(runs), examples=tuple(examples), diverged=tuple(failed)
+    )
 
 
 def load(settings: ForecastSettings) -> ForecastData:
@@ -221,7 +230,13 @@ def load(settings: ForecastSettings) -> ForecastData:
 def fit(settings: ForecastSettings, data: ForecastData | None = None) -> Fitted:
     """One of the runs of `forecast`, with the trained model. data: of `load`, where it is there."""
     data = load(settings) if data is None else data
-    torch.manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return fit_seeded(settings, data)
+
+
+def fit_seeded(settings: ForecastSettings, data: ForecastData) -> Fitted:
+    """`fit` with the random state as its seed says."""
     model = build(settings)
     begin = time.perf_counter()
     history, best = train(model, data, settings)

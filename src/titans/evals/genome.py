@@ -7,7 +7,7 @@ that it was trained on: they say what a number of bits means.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -126,9 +126,14 @@ def split_genome(config: GenomeConfig) -> GenomeSplit:
     )
 
 
-def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
+def genome(
+    model: TitansLM | None,
+    config: GenomeConfig,
+    watch: Callable[[ContextBits], None] | None = None,
+) -> GenomeResult:
     """Bits per base of the held-out bases, for a byte-level model that reads them as the letters
-    A C G T N; without a model, for the Markov chains alone. N is read and not scored.
+    A C G T N; without a model, for the Markov chains alone. N is read and not scored. `watch` sees
+    every context as it is done.
 
     Raises ValueError, in one line, for a file that is not FASTA or too short, and for a model
     whose vocabulary is not that of bytes.
@@ -144,6 +149,8 @@ def genome(model: TitansLM | None, config: GenomeConfig) -> GenomeResult:
         for context in sorted(config.contexts):
             row, positions = bits_at(model, parts.test, context, config)
             read.append(row)
+            if watch is not None:
+                watch(row)
     return GenomeResult(
         record=parts.name,
         split=parts.rule,

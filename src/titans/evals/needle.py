@@ -108,7 +108,8 @@ def needle(
     text = prose(expand_paths(config.paths), tokenizer, held_out=True) if in_prose else None
     tasks = {kind: NeedleTask(kind, words, text, tokenizer, held_out=True) for kind in config.kinds}
     for task in tasks.values():  # a length that is too short is refused before any is asked
-        task.sample(min(config.lengths), np.random.default_rng((config.seed, 0)))
+        for index in range(config.samples):
+            task.sample(min(config.lengths), np.random.default_rng((config.seed, index)))
     cells = []
     for kind, task in tasks.items():
         for length in config.lengths:

@@ -145,21 +145,21 @@ def build_model(config: RecallConfig) -> TitansLM:
             chunk_size=16 if deep else 1,
         )
     vocabulary = PairTask(rows=1, length=6, pairs=1, seed=0, keys=config.keys).vocabulary
-    torch.manual_seed(config.seed)
-    return TitansLM(
-        TitansConfig(
-            variant=config.model,
-            vocab_size=vocabulary,
-            dim=config.dim,
-            layers=config.layers,
-            heads=2,
-            ffn_hidden=0,
-            window=32,
-            segment=32,
-            persistent=0,
-            memory=memory,
-        )
+    settings = TitansConfig(
+        variant=config.model,
+        vocab_size=vocabulary,
+        dim=config.dim,
+        layers=config.layers,
+        heads=2,
+        ffn_hidden=0,
+        window=32,
+        segment=32,
+        persistent=0,
+        memory=memory,
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return TitansLM(settings)
 
 
 def train(config: RecallConfig) -> TitansLM:

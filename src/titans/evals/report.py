@@ -4,11 +4,16 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from titans.train.objective import NonFiniteError
+
+T = TypeVar("T")
 
 
 def machine() -> str:
@@ -19,6 +24,23 @@ def machine() -> str:
     name = next(names, platform.processor() or platform.machine())
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged:
+    """A training of a suite that came to no numbers; the others go on without it."""
+
+    model: str
+    seed: int
+    reason: str
+
+
+def or_diverged(train: Callable[[], T], model: str, seed: int) -> T | Diverged:
+    """What `train` returns, or that it diverged."""
+    try:
+        return train()
+    except NonFiniteError as error:
+        return Diverged(model=model, seed=seed, reason=str(error))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -33,7 +55,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Beside the target, then renamed."""
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runners may write one page
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(path)
 

@@ -90,8 +90,8 @@ def harness(
     from yaml import YAMLError
 
     lm = HarnessLM(model, tokenizer or "bytes", batch_size=config.rows, write=config.write)
-    torch.manual_seed(config.seed)
-    with errors_only():
+    with torch.random.fork_rng(devices=[]), errors_only():
+        torch.manual_seed(config.seed)
         manager = task_manager(config, lm.text.name)
         try:
             loaded = manager.load(list(config.tasks))
