@@ -153,6 +153,8 @@ BAD_COMMANDS = [
     (("train", "absent.toml"), "absent.toml: no such file"),
     (("train", "absent.toml", "--train.steps"), "--train.steps needs a value"),
     (("train", "absent.toml", "--steps", "3"), "unrecognised argument '--steps'"),
+    (("train", "--train.steps", "3", "absent.toml"), "absent.toml: no such file"),
+    (("presets", "mac-tiny", "--train.steps=3"), "unrecognised argument '--train.steps'"),
     (("data", "prepare", "absent", "--out", "x"), "absent"),
     (("data", "prepare", "absent", "--tokenizer", "nope.json", "--out", "x"), "nope.json"),
     (("stream", "absent.safetensors", "x.txt"), "absent.safetensors: no such file"),

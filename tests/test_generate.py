@@ -118,9 +118,11 @@ def test_a_cold_temperature_is_greedy() -> None:
         ([[1]], {"max_tokens": 0}, "max_tokens must be at least 1"),
         ([[1]], {"stop": [[]]}, "a stop sequence is empty"),
         ([[99]], {}, "token 99 is outside the vocabulary of 40"),
+        ([1, 2], {}, "prompts must be token ids, one list or row a prompt"),
+        (torch.tensor([1, 2]), {}, "prompts must be token ids, one list or row a prompt"),
     ],
 )
-def test_bad_prompts_are_refused(prompts, kwargs, message) -> None:
+def test_bad_prompts_are_refused(prompts, kwargs, message, without_shape_checks) -> None:
     arguments = {"max_tokens": 3, **kwargs}
     with pytest.raises(ValueError, match=message):
         titans.generate(build(), prompts, **arguments)
@@ -184,9 +186,14 @@ def test_streaming_goes_on_from_a_state() -> None:
     torch.testing.assert_close(rest.logits, whole.logits, rtol=1e-10, atol=1e-10)
 
 
-def test_an_empty_stream_is_refused() -> None:
+def test_an_empty_stream_is_refused(without_shape_checks) -> None:
     with pytest.raises(ValueError, match="the text is empty"):
         list(titans.stream(build(), torch.zeros(0, dtype=torch.long)))
+    _, state = titans.prefill(build(), torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="the text is empty"):
+        list(titans.stream(build(), torch.zeros(0, dtype=torch.long), state))
+    with pytest.raises(ValueError, match=r"tokens must be of shape \(B, T\), got \(3,\)"):
+        titans.prefill(build(), torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="piece must be at least 1"):
         list(titans.stream(build(), torch.ones(3, dtype=torch.long), piece=0))
 

@@ -16,11 +16,15 @@ from titans.heap import keep_freed
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `titans VERB ...`."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not getattr(options, "takes_overrides", False):
-        parser.error(f"unrecognised argument {rest[0]!r}")
+    # First of all: argparse does not know them, and would take a value for the config.
+    given, overrides = take_overrides(parser, sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_args(given)
     if getattr(options, "takes_overrides", False):
-        options.overrides = parse_overrides(parser, rest)
+        options.overrides = overrides
+    else:
+        unknown += [f"--{key}" for key in overrides]
+    if unknown:
+        parser.error(f"unrecognised argument {unknown[0]!r}")
     keep_freed()
     try:
         options.run(options)
@@ -66,19 +70,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_overrides(parser: Parser, rest: Sequence[str]) -> dict[str, str]:
-    """`--section.key value` or `--section.key=value` pairs."""
+def take_overrides(parser: Parser, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without `--section.key value` or `--section.key=value`, and these."""
+    rest: list[str] = []
     overrides: dict[str, str] = {}
-    position = 0
-    while position < len(rest):
-        key, equals, value = rest[position].partition("=")
+    left = iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
         if not key.startswith("--") or "." not in key:
-            parser.error(f"unrecognised argument {rest[position]!r}")
-        if not equals:
-            position += 1
-            if position == len(rest):
-                parser.error(f"{key} needs a value")
-            value = rest[position]
-        overrides[key.removeprefix("--")] = value
-        position += 1
-    return overrides
+            rest.append(argument)
+            continue
+        given = value if equals else next(left, None)
+        if given is None:
+            parser.error(f"{key} needs a value")
+        overrides[key.removeprefix("--")] = given
+    return rest, overrides
