@@ -33,6 +33,7 @@ from titans.evals.jobs import (
     by_name,
     command,
     data_folder,
+    digest,
     read_rows,
     run_jobs,
     runner_parser,
@@ -108,7 +109,7 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
     if job["model"] == "markov":
         result = dataclasses.asdict(genome(None, settings))
         return result | {"seconds": time.perf_counter() - began}
-    texts = write_texts(settings, runs / job["genome"])
+    texts = write_texts(settings, runs / f"{job['genome']}-{digest([path], settings)}")
     config = RunConfig(
         model=matched(BASE, job["model"], count_parameters(BASE)),
         data=DataConfig(

@@ -29,6 +29,7 @@ from titans.data.tokenizers import BPETokenizer, load_tokenizer
 from titans.evals.jobs import (
     command,
     data_folder,
+    digest,
     read_rows,
     run_jobs,
     runner_parser,
@@ -101,8 +102,9 @@ def files(root: Path, corpus: str, part: str) -> list[Path]:
 
 
 def prepare_corpus(root: Path, runs: Path, corpus: str) -> Path:
-    """A tokenizer learned from the training text, and shards of it; made once."""
-    folder = runs / corpus
+    """A tokenizer learned from the training text, and shards of it; made once of the same files."""
+    parts = ("train", "valid", "test")
+    folder = runs / f"{corpus}-{digest(p for part in parts for p in files(root, corpus, part))}"
     if folder.exists():
         return folder
     runs.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, corpus, rate = job["model"], job["corpus"], job["rate"]
     folder = runs / "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
-    data = runs / corpus
+    data = prepare_corpus(root, runs, corpus)
     steps = job["tokens"] // BATCH
     config = RunConfig(
         model=model_config(name),

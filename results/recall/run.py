@@ -117,19 +117,19 @@ def lost(rows: list[dict[str, Any]], job: dict[str, Any]) -> bool:
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     rows, failed = split_diverged(rows)
-    trained = {r["model"]: r for r in rows if r["stage"] == "train"}
+    trained = [r for r in rows if r["stage"] == "train"]
     asked = [r for r in rows if r["stage"] == "recall"]
     lengths = sorted({r["length"] for r in asked})
-    table = []
-    for name in models():
-        if name in trained:
-            cells = []
-            for n in lengths:
-                found = [r for r in asked if (r["model"], r["length"]) == (name, n)]
-                cells.append(recalled(found) if found else "")
-            opened = f"{100 * trained[name]['curve'][-1][2]:.1f} %"
-            table.append((name, *cells, opened))
-    counts = (find(asked, {"length": n}) for n in lengths)
+    names = [name for name in models() if any(r["model"] == name for r in trained)]
+    table, counts = [], {}
+    for name in names:
+        cells = []
+        for n in lengths:
+            found = [r for r in asked if (r["model"], r["length"]) == (name, n)]
+            counts[n] = max(counts.get(n, 0), sum(r["asked"] for r in found))
+            cells.append(recalled(found) if found else "")
+        opened = [r["curve"][-1][2] for r in trained if r["model"] == name]
+        table.append((name, *cells, f"{100 * sum(opened) / len(opened):.1f} %"))
     lines = [
         "# Recall against length: gates that close, and the paper's sigmoids",
         "",
@@ -143,13 +143,13 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         *markdown_table(("model, gates", *(f"{n:,}" for n in lengths), "open"), table),
         "",
-        f"Questions asked per length: {', '.join(str(r['asked']) for r in counts if r)}.",
-        f"{origin(rows)}.",
+        f"Questions asked per length: {', '.join(map(str, counts.values()))}.",
+        f"Seeds {', '.join(map(str, sorted({r['seed'] for r in trained})))}; {origin(rows)}.",
         "",
         "![recall against length](recall.png)",
     ]
     write_lines(HERE / "README.md", [*lines, *failed])
-    plot(asked, list(trained))
+    plot(asked, names)
 
 
 def plot(asked: list[dict[str, Any]], names: list[str]) -> None:
@@ -159,7 +159,11 @@ def plot(asked: list[dict[str, Any]], names: list[str]) -> None:
     axis = figure.subplots()
     colours = dict(zip(("LMM", "MAC", "MAG", "MAL", "Gated DeltaNet"), range(5), strict=True))
     for name in names:
-        line = sorted((r["length"], r["recall"]) for r in asked if r["model"] == name)
+        own = [r for r in asked if r["model"] == name]
+        line = []  # over seeds, where there are several
+        for length in sorted({r["length"] for r in own}):
+            found = [r["recall"] for r in own if r["length"] == length]
+            line.append((length, sum(found) / len(found)))
         family, _, gates = name.partition(", ")
         style = "-" if gates == "closing" else "--"
         x, y = zip(*line, strict=True) if line else ((), ())

@@ -21,8 +21,33 @@ from titans.models.lm import TitansLM
 from titans.train.objective import NonFiniteError
 
 DELTA = ("gated-deltanet", "gated-deltanet-closing")
-OTHER_RULE = ("-sigmoid", "-by-attention", "linear", "deltanet")
-ONE_THING = {name for name in PARTS if not any(word in name for word in OTHER_RULE)}
+LINEAR = {"memory.depth", "memory.residual", "memory.norm"}
+SIGMOID = {"memory.gates", "memory.tie_forgetting"}
+BY_ATTENTION = {"gate_branch", "gate_activation"}
+CHANGES = {
+    "lmm": set(),
+    "linear": LINEAR,
+    "linear-exact": LINEAR | {"memory.chunk_size"},
+    "no-convolution": {"memory.conv_width"},
+    "no-momentum": {"memory.momentum"},
+    "no-decay": {"memory.decay"},
+    "no-persistent": {"persistent"},
+    **{f"depth-{n}": {"memory.depth"} for n in (1, 3, 4)},
+    **{f"chunk-{n}": {"memory.chunk_size"} for n in (1, 4, 64)},
+    "unbounded": {"memory.max_surprise"},
+    "key-init": {"memory.key_init"},
+    "gates-per-layer": {"memory.per_layer_gates"},
+    "to-zero": {"memory.decay_target"},
+    "sigmoid": SIGMOID,
+    **{variant: {"variant"} for variant in ("mac", "mag", "mal")},
+    **{f"{variant}-sigmoid": {"variant"} | SIGMOID for variant in ("mac", "mag", "mal")},
+    **{f"{variant}-by-attention": {"variant"} | BY_ATTENTION for variant in ("mac", "mag")},
+    **{f"{variant}-unmapped": {"variant", "combine_output"} for variant in ("mac", "mag")},
+    **{
+        f"{variant}-by-attention-unmapped": {"variant", "combine_output"} | BY_ATTENTION
+        for variant in ("mac", "mag")
+    },
+}
 
 
 @pytest.fixture
@@ -54,22 +79,11 @@ def changed(config):
 
 
 def test_a_part_changes_what_it_says_and_nothing_else():
-    assert changed(PARTS["lmm"].config) == set()
-    assert changed(PARTS["linear"].config) == {"memory.depth", "memory.residual", "memory.norm"}
-    assert changed(PARTS["mag-sigmoid"].config) == {
-        "variant",
-        "memory.gates",
-        "memory.tie_forgetting",
-    }
-    by_attention = {"variant", "gate_branch", "gate_activation"}
-    for variant in ("mac", "mag"):
-        part = f"{variant}-by-attention"
-        assert PARTS[part].config.variant == variant
-        assert changed(PARTS[part].config) == by_attention
-        assert PARTS[f"{part}-unmapped"].config.variant == variant
-        assert changed(PARTS[f"{part}-unmapped"].config) == by_attention | {"combine_output"}
-    names = {len(changed(PARTS[name].config)) for name in ONE_THING - {"lmm"}}
-    assert names <= {1, 2}  # a variant with one thing of its own
+    assert {name: changed(PARTS[name].config) for name in PARTS if name not in DELTA} == CHANGES
+    for name, part in PARTS.items():
+        named = name.split("-")[0]
+        wanted = named if named in ("mac", "mag", "mal") else part.config.variant
+        assert part.config.variant == wanted
 
 
 def test_gated_deltanet_beside_its_rule_with_gates_that_close_differs_in_them_alone():

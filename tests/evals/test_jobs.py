@@ -18,6 +18,7 @@ from titans.evals.jobs import (
     by_name,
     command,
     data_folder,
+    digest,
     diverged,
     find,
     kept,
@@ -113,6 +114,17 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     assert by_name(paths) == {"0": paths[0].resolve(), "1": paths[1].resolve()}
     with pytest.raises(ValueError, match="have one name, '0': link or rename one"):
         by_name([*paths, tmp_path / "tf" / "0"])
+
+
+def test_a_digest_is_another_where_a_file_or_a_setting_is(tmp_path):
+    """What is made of them is made again then: another genome under a name that was there."""
+    path = tmp_path / "a"
+    path.write_bytes(b"ACGT")
+    first = digest([path], 4)
+    assert first == digest([path], 4)
+    assert first != digest([path], 5)
+    path.write_bytes(b"ACGA")
+    assert first != digest([path], 4)
 
 
 def test_what_a_runner_needs_is_said_in_a_line(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -43,6 +43,14 @@ def read_rows(path: Path) -> list[Row]:
     except ValueError as error:
         raise ValueError(f"{path}: not a results file ({error})") from None
     return rows
+
+
+def digest(paths: Iterable[Path], *settings: object) -> str:
+    """Eight letters that are others where a file has another content, or a setting changes."""
+    found = hashlib.sha256(repr(settings).encode())
+    for path in paths:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:8]
 
 
 def data_folder() -> Path:
