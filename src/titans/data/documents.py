@@ -80,7 +80,7 @@ def read_documents(
     check_encoding(encoding)
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    for path, files in [(path, _files(Path(path))) for path in paths]:
+    for path, files in [(path, text_files(Path(path))) for path in paths]:
         empty = True
         for file in files:
             for document in _read_file(file, text_key, encoding):
@@ -116,7 +116,7 @@ def read_blocks(
     JSONL file, or all of a `.json` file. Raises ValueError as `read_documents` does.
     """
     check_encoding(encoding)
-    found = [(path, [STDIN] if str(path) == "-" else _files(Path(path))) for path in paths]
+    found = [(path, [STDIN] if str(path) == "-" else text_files(Path(path))) for path in paths]
     for path, files in found:
         empty = True
         for file in files:
@@ -207,7 +207,7 @@ def without_gutenberg(text: str) -> str:
     return text[start.end() if start else 0 : end.start() if end else None].strip("\r\n")
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files below a folder."""
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if _kind(f) in TEXT_SUFFIXES and f.is_file())
@@ -219,10 +219,14 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
+def plain_name(path: Path) -> str:
+    """Without the suffix of its compression: `a.txt` for `a.txt.gz`."""
+    return path.stem if path.suffix.lower() in _COMPRESSED else path.name
+
+
 def _kind(path: Path) -> str:
     """The suffix that tells what is inside: `.txt` for `a.txt.gz`."""
-    inner = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
-    return inner.suffix.lower()
+    return Path(plain_name(path)).suffix.lower()
 
 
 def _read_file(path: Path, text_key: str, encoding: str) -> Iterator[Document]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titans.data.documents import TEXT_SUFFIXES, read_documents
+from titans.data.documents import read_documents, text_files
 from titans.data.facts import TEXT
 from titans.data.tokenizers import Tokenizer, encode
 
@@ -157,22 +157,14 @@ def prose_files(paths: Sequence[str | Path], held_out: bool) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(
-            p for p in path.rglob("*") if is_text(p) and p.is_file() and p.stat().st_size
-        )
+        inside = [p for p in text_files(path) if p.stat().st_size]
         tests = [p for p in inside if p.name.startswith(HELD_OUT_BOOKS)]
         if tests:
             inside = tests if held_out else [p for p in inside if p not in tests]
         if not inside:
-            raise ValueError(f"{path}: no text files in it to read")
+            raise ValueError(f"{path}: no text files in it that hold any")
         files += inside
     return files
-
-
-def is_text(path: Path) -> bool:
-    """By its name, also of a compressed file."""
-    name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
-    return Path(name).suffix in TEXT_SUFFIXES
 
 
 def split_sentences(text: str) -> list[str]:

@@ -12,29 +12,25 @@ goes into mean and standard deviation like any number, which makes the standardi
 value before the gap. "clean" leaves gaps out of the statistics as well.
 """
 
-import bz2
-import gzip
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from titans.data.documents import csv_rows
+from titans.data.documents import AUTO, csv_rows, encoding_of, open_text, plain_name
 
 MISSING_VALUE = -9999.0
 Split = Literal["auto", "ett-hour", "ett-minute", "ratio"]
 MissingRule = Literal["field", "clean"]
 PartName = Literal["train", "valid", "test"]
 
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
 _MONTH = 30 * 24  # hours: a month of the ETT split
 
 
@@ -194,7 +190,8 @@ def read_series(path: str | Path) -> Series:
     Raises ValueError in one line that names the file, and the line where there is one.
     """
     path = Path(path)
-    lines = csv_rows(StringIO(_read_text(path), newline=""), path)
+    with open_text(path, encoding_of(path, AUTO)) as stream:
+        lines = csv_rows(StringIO(stream.read(), newline=""), path)
     _, names = next(lines, ("", []))
     header = [name.strip() for name in names]
     if "date" not in header or len(header) < 2:
@@ -216,19 +213,4 @@ def read_series(path: str | Path) -> Series:
     if not rows:
         raise ValueError(f"{path}: no rows under the header")
     del header[date]
-    name = path.name.removesuffix(path.suffix) if path.suffix.lower() in _OPENERS else path.name
-    return Series(name.removesuffix(".csv"), tuple(header), np.array(rows))
-
-
-def _read_text(path: Path) -> str:
-    opener = _OPENERS.get(path.suffix.lower(), open)
-    try:
-        with opener(path, "rb") as stream:
-            content = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    return Series(plain_name(path).removesuffix(".csv"), tuple(header), np.array(rows))
