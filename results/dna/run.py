@@ -38,14 +38,15 @@ from titans.evals.jobs import (
     run_jobs,
     runner_parser,
     split_diverged,
+    train_in_turn,
 )
 from titans.evals.perplexity import PositionLoss, plot_positions
 from titans.evals.report import markdown_table, mean_and_range, origin, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import choose_device, train
-from titans.train.metrics import read_metrics, training_seconds
+from titans.train.loop import choose_device
+from titans.train.metrics import training_seconds
 
 HERE = Path(__file__).parent
 TASKS = ("prom_core_notata", "mouse_0")
@@ -130,16 +131,13 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=100),
     )
-    folder = runs / f"{job['genome']}-{job['model']}-{job['seed']}"
-    trained = train(config, folder, progress=False)
-    if not trained.finished:
-        raise KeyboardInterrupt
-    model = load(trained.checkpoint / "model.safetensors", choose_device("auto"))
+    run_name = f"{job['genome']}-{job['model']}-{job['seed']}"
+    trained, (rows,) = train_in_turn({run_name: config}, runs)
+    model = load(trained, choose_device("auto"))
     began = time.perf_counter()
     settings = dataclasses.replace(settings, orders=())
     result = genome(model, settings)
     longest = dataclasses.replace(settings, contexts=(max(settings.contexts),), write=False)
-    rows = read_metrics(folder / "metrics.jsonl")
     return dataclasses.asdict(result) | {
         "without_writing": genome(model, longest).contexts[0].bits_per_base,
         "parameters": TitansLM(config.model).parameter_count,

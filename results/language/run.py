@@ -34,14 +34,15 @@ from titans.evals.jobs import (
     run_jobs,
     runner_parser,
     split_diverged,
+    train_in_turn,
 )
 from titans.evals.perplexity import PerplexityConfig, PositionLoss, perplexity, plot_positions
 from titans.evals.report import markdown_table, mean_and_range, origin, write_lines
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from titans.train.loop import choose_device, train
-from titans.train.metrics import read_metrics, training_seconds
+from titans.train.loop import choose_device
+from titans.train.metrics import training_seconds
 
 HERE = Path(__file__).parent
 VOCABULARY = 4096
@@ -141,7 +142,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     """Train and test one model; the row of results.json."""
     torch.set_num_threads(1)
     name, corpus, rate = job["model"], job["corpus"], job["rate"]
-    folder = runs / "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
+    run_name = "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
     data = prepare_corpus(root, runs, corpus)
     steps = job["tokens"] // BATCH
     config = RunConfig(
@@ -162,10 +163,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
         ),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=max(1, steps // 10)),
     )
-    result = train(config, folder, progress=False)
-    if not result.finished:
-        raise KeyboardInterrupt
-    rows = read_metrics(folder / "metrics.jsonl")
+    trained, (rows,) = train_in_turn({run_name: config}, runs)
     done = {
         "parameters": TitansLM(config.model).parameter_count,
         "valid_loss": rows[-1]["valid_loss"],
@@ -173,7 +171,7 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     }
     if job["stage"] == "tune":
         return done
-    model = load(result.checkpoint / "model.safetensors", choose_device("auto"))
+    model = load(trained, choose_device("auto"))
     tokenizer = load_tokenizer(data / "tokenizer.json")
     windows = PerplexityConfig(paths=(str(data / "windows.jsonl"),), rows=8)
     tested = perplexity(model, windows, tokenizer)
