@@ -104,6 +104,14 @@ def test_generate_repeats_with_its_seed_and_goes_on_from_a_memory(
     assert run(capsys, *again) == one
 
 
+def test_texts_that_look_like_overrides_are_texts(capsys, model_file) -> None:
+    common = ("generate", model_file, "--max-tokens", 3, "--temperature", 0)
+    assert run(capsys, *common, "--prompt", "--- title: a.b") != run(
+        capsys, *common, "--prompt", "a"
+    )
+    assert "ACTION" in refused(capsys, "memory", "--", "--what is v1.2?")
+
+
 def test_a_tokenizer_is_learned_and_prepares_text(capsys, tmp_path) -> None:
     pytest.importorskip("tokenizers")
     (tmp_path / "a.txt").write_text("she sells sea shells by the sea shore 9f0d " * 9)

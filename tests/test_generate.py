@@ -189,9 +189,6 @@ def test_streaming_goes_on_from_a_state() -> None:
 def test_an_empty_stream_is_refused(without_shape_checks) -> None:
     with pytest.raises(ValueError, match="the text is empty"):
         list(titans.stream(build(), torch.zeros(0, dtype=torch.long)))
-    _, state = titans.prefill(build(), torch.ones(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="the text is empty"):
-        list(titans.stream(build(), torch.zeros(0, dtype=torch.long), state))
     with pytest.raises(ValueError, match=r"tokens must be of shape \(B, T\), got \(3,\)"):
         titans.prefill(build(), torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="piece must be at least 1"):

@@ -110,7 +110,9 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
     if job["model"] == "markov":
         result = dataclasses.asdict(genome(None, settings))
         return result | {"seconds": time.perf_counter() - began}
-    texts = write_texts(settings, runs / f"{job['genome']}-{digest([path], settings)}")
+    texts = write_texts(
+        settings, runs / f"{job['genome']}-{digest([path], settings.test, settings.valid)}"
+    )
     config = RunConfig(
         model=matched(BASE, job["model"], count_parameters(BASE)),
         data=DataConfig(
@@ -131,7 +133,7 @@ def model_genome(job: dict[str, Any], path: Path, runs: Path) -> dict[str, Any]:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=100),
     )
-    run_name = f"{job['genome']}-{job['model']}-{job['seed']}"
+    run_name = f"{texts.name}-{job['model']}-{job['seed']}"
     trained, (rows,) = train_in_turn({run_name: config}, runs)
     model = load(trained, choose_device("auto"))
     began = time.perf_counter()

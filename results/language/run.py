@@ -142,8 +142,8 @@ def run(job: dict[str, Any], runs: Path, root: Path) -> dict[str, Any]:
     """Train and test one model; the row of results.json."""
     torch.set_num_threads(1)
     name, corpus, rate = job["model"], job["corpus"], job["rate"]
-    run_name = "-".join(str(v) for v in job.values()).replace(" ", "_").replace(",", "")
     data = prepare_corpus(root, runs, corpus)
+    run_name = "-".join([data.name, *(str(v) for v in job.values())]).replace(" ", "_")
     steps = job["tokens"] // BATCH
     config = RunConfig(
         model=model_config(name),

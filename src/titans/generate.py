@@ -137,7 +137,9 @@ def generate(
         return hit is None
 
     seeds = seeds_of(sampling, rows)
-    states = continue_prompts(model, rows, max_tokens, sampling, seeds, take, state=state)
+    states = continue_prompts(
+        model, rows, max_tokens, sampling, seeds, take, state=state, keep=True
+    )
     return Generated(tokens, states)
 
 
@@ -152,12 +154,13 @@ def continue_prompts(
     state: ModelState | None = None,
     vocabulary: int | None = None,
     write: bool = True,
+    keep: bool = False,
 ) -> list[ModelState]:
     """Read every prompt and draw what follows it, those of one length side by side.
 
     take: given the number of a prompt and each token drawn for it; False ends its text.
-    vocabulary: tokens from this one on are not drawn. Returns what the model remembers of each
-    prompt and its text, but for the last token of it.
+    vocabulary: tokens from this one on are not drawn. keep: return what the model remembers of
+    each prompt and its text, but for the last token of it; else nothing is kept or returned.
     """
     device = next(model.parameters()).device
     states: dict[int, ModelState] = {}
@@ -178,9 +181,10 @@ def continue_prompts(
             of_group,
             vocabulary=vocabulary,
             write=write,
+            keep=keep,
         )
-        states |= zip(group, found, strict=True)
-    return [states[i] for i in range(len(prompts))]
+        states |= zip(group, found, strict=False)
+    return [states[i] for i in range(len(states))]
 
 
 def continue_rows(
@@ -194,6 +198,7 @@ def continue_rows(
     *,
     vocabulary: int | None = None,
     write: bool = True,
+    keep: bool = False,
 ) -> list[ModelState]:
     """`continue_prompts` of what was read already: logits and state are those after it."""
     generators = [torch.Generator(logits.device).manual_seed(seed) for seed in seeds]
@@ -201,16 +206,18 @@ def continue_rows(
     states: dict[int, ModelState] = {}
     for left in reversed(range(max_tokens)):
         drawn = sample(logits[:, :vocabulary], sampling, [generators[row] for row in rows])
-        going = [place for place, row in enumerate(rows) if take(row, int(drawn[place])) and left]
+        said = zip(rows, drawn.tolist(), strict=True)
+        going = [place for place, (row, token) in enumerate(said) if take(row, token) and left]
         ended = sorted({*range(len(rows))} - {*going})
-        states |= {rows[place]: select_rows(state, [place], len(rows)) for place in ended}
+        if keep:
+            states |= {rows[place]: select_rows(state, [place], len(rows)) for place in ended}
         if not going:
             break
         if ended:
             state, drawn = select_rows(state, going, len(rows)), drawn[going]
             rows = [rows[place] for place in going]
         logits, state = decode_one(model, drawn, state, write)
-    return [states[row] for row in range(len(seeds))]
+    return [states[row] for row in range(len(states))]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -292,12 +299,12 @@ def read_through(
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
     device = next(model.parameters()).device
-    reading, logits = None, None
+    logits: Tensor | None = None
     for tokens in pieces(source, piece):
         reading = read(model, tokens.to(device), state, logits, write)
         state, logits = reading.state, reading.logits  # type: ignore[attr-defined]
         yield reading
-    if reading is None:
+    if state is None:
         raise ValueError("the text is empty: expected at least one token")
 
 

@@ -13,10 +13,10 @@ CLOSED_TO_CHANGE = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THR
 def keep_freed() -> bool:
     """Have this process keep the memory of tensors it frees, as most of them come back at once.
 
-    glibc returns it to the system, and faults it in again page by page: between a tenth and a
-    quarter of the time of reading or training on a CPU (docs/performance.md). For a process that
-    is ours alone: the commands and the jobs of `titans.evals.jobs` call it, nothing else does.
-    False where malloc is not glibc's or its settings are in the environment already.
+    glibc returns it to the system, and faults it in again page by page, which can take a third of
+    the time of reading on a CPU (docs/performance.md). For a process that is ours alone: the
+    commands and the runners of results/ call it, nothing else does. False where malloc is not
+    glibc's or its settings are in the environment already.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in CLOSED_TO_CHANGE):
         return False

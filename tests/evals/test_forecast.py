@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import titans.evals.forecast as module
+from titans.cli.eval import nothing_but_diverged
 from titans.evals.forecast import (
     Errors,
     ForecastConfig,
@@ -254,6 +255,8 @@ def test_the_others_go_on_where_one_diverges(seasonal: str, monkeypatch, tmp_pat
     plot(result, tmp_path / "f.png")
     alone = forecast(dataclasses.replace(config, models=("dlinear",)))
     assert (alone.runs, alone.examples) == ((), ())
+    assert nothing_but_diverged(alone)
+    assert not nothing_but_diverged(result)
 
 
 def test_report_files(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line: verbs only. Bad input is one line on stderr and exit code 2."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unknown += [f"--{key}" for key in overrides]
     if unknown:
         parser.error(f"unrecognised argument {unknown[0]!r}")
-    keep_freed()
+    if arguments is None:  # the process is this command's
+        keep_freed()
     try:
         options.run(options)
     except BrokenPipeError:  # the reader of our output has gone
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError:
         fail("out of memory")
     except RuntimeError as error:
-        if type(error).__module__.startswith("titans."):  # with a message for the user
+        if type(error).__module__.split(".")[0] in ("titans", "torch"):  # with a message of its own
             fail(" ".join(str(error).split()))
         if "allocate" in str(error):
             fail(f"out of memory ({str(error).splitlines()[0]})")
@@ -76,8 +78,11 @@ def take_overrides(parser: Parser, arguments: Sequence[str]) -> tuple[list[str],
     overrides: dict[str, str] = {}
     left = iter(arguments)
     for argument in left:
+        if argument == "--":  # what follows are no options
+            rest += [argument, *left]
+            break
         key, equals, value = argument.partition("=")
-        if not key.startswith("--") or "." not in key:
+        if not re.fullmatch(r"--\w+(\.\w+)+", key):
             rest.append(argument)
             continue
         given = value if equals else next(left, None)

@@ -118,16 +118,26 @@ def run_eval(options: argparse.Namespace) -> None:
 
         written = [f"{options.suite}.json"]
         write_json(options.out / written[0], content)
-        if hasattr(module, "plot"):
+        if hasattr(module, "plot") and not nothing_but_diverged(result):
             written.append(f"{options.suite}.png")
             module.plot(result, options.out / written[1])
         if part is not None:
             part.unlink(missing_ok=True)
     show(result)
+    if nothing_but_diverged(result):
+        raise ValueError(f"every training diverged ({result.diverged[0].reason})")
     if written:
         print(f"Wrote {' and '.join(written)} to {options.out}/")
     if options.json:
         print(json.dumps(content))
+
+
+def nothing_but_diverged(result: Any) -> bool:
+    """Is there no score of a suite that trains?"""
+    fields = dataclasses.asdict(result)
+    if not fields.get("diverged"):
+        return False
+    return not any(fields.get(name) for name in ("parts", "scores", "runs"))
 
 
 def free_name(folder: Path, suite: str) -> Path:
@@ -158,8 +168,8 @@ def show(result: Any) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
-        if dataclasses.is_dataclass(value):
-            continue  # the settings, which the user knows
+        if dataclasses.is_dataclass(value) or value == ():
+            continue  # the settings, which the user knows, and what there is none of
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             names = [f.name for f in dataclasses.fields(value[0])]
             if any(isinstance(getattr(value[0], name), dict) for name in names):

@@ -217,7 +217,8 @@ def reading_line(report: dict[str, Any]) -> str:
 
 
 def read_prompt(text: str) -> str:
-    """A prompt as given, or the content of FILE for @FILE."""
+    """A prompt as given, or the content of FILE for @FILE, read as texts are: no byte order mark,
+    line ends as they are."""
     if not text.startswith("@"):
         return text
     from titans.data.documents import open_text

@@ -162,7 +162,9 @@ def prose_files(paths: Sequence[str | Path], held_out: bool) -> list[Path]:
         if tests:
             inside = tests if held_out else [p for p in inside if p not in tests]
         if not inside:
-            raise ValueError(f"{path}: no text files in it that hold any")
+            raise ValueError(
+                f"{path}: no text files in it to read for {'tests' if held_out else 'training'}"
+            )
         files += inside
     return files
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from titans.data.haystack import Sample, blocks
 from titans.generate import PIECE, Sampling, continue_rows, prefill
 from titans.models.lm import TitansLM
+from titans.train.objective import NonFiniteError
 
 
 @torch.no_grad()
@@ -32,6 +33,8 @@ def answer(
             logits, state = prefill(model, piece.to(device), state, write)
         if logits is None or state is None:
             raise ValueError("a prompt is empty: expected at least one token")
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"the logits after {length:,} tokens are not finite")
 
         def take(row: int, token: int, rows: list[int] = rows) -> bool:
             given[rows[row]].append(token)

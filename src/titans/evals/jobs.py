@@ -63,6 +63,7 @@ def data_folder() -> Path:
 
 def command(main: Callable[[], None]) -> None:
     """Run a runner's `main`: bad input is one line on stderr and exit code 2."""
+    keep_freed()
     try:
         main()
     except (ValueError, ImportError, OSError) as error:
@@ -209,7 +210,6 @@ class Claims:
 
 def attempt(function: Callable[[Job], Row], job: Job) -> Row:
     """The row of a job. A training that diverged is a finding, not the end of the table."""
-    keep_freed()  # here, where the job's own process is
     try:
         return function(job)
     except NonFiniteError as error:
@@ -289,7 +289,7 @@ def fill(
                 time.sleep(POLL_S)
         return rows
     # PyTorch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_freed)
     with terminated_as_interrupted(), pool:
         running: dict[Future[Row], Job] = {}
         try:
