@@ -72,6 +72,7 @@ def test_endings_of_six_lines(tmp_path) -> None:
     ("text", "message"),
     [
         ("{", r"q\.jsonl:1: not a line of JSON"),
+        pytest.param("[" * 100_000, r"q\.jsonl:1: not a line of JSON \(nested too deep", id="deep"),
         ("[1]", r"q\.jsonl:1: expected an object with query, choices and gold"),
         ('{"query": "a", "choices": ["b", "c"]}', r"q\.jsonl:1: expected a gold in 0\.\.1, got No"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', r"gold in 0\.\.1, got 2"),

@@ -94,8 +94,12 @@ def test_known_preferences_give_known_accuracies(tmp_path) -> None:
     assert task.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
     # Standard deviation of (1, 0, 1, 1) with n - 1 is 0.5; of their mean 0.25.
     assert task.accuracy_error == pytest.approx(0.25)
-    first = commonsense(model, CommonsenseConfig(paths=(path,), limit=2)).tasks[0]
+    seen = []
+    (first,) = commonsense(
+        model, CommonsenseConfig(paths=(path,), limit=2), watch=seen.append
+    ).tasks
     assert (first.items, first.accuracy) == (2, 0.5)
+    assert seen == [first]
 
 
 def test_length_matters_to_one_of_the_two_accuracies(tmp_path) -> None:

@@ -111,8 +111,9 @@ def test_windows_are_read_from_a_fresh_memory(tmp_path, write: bool) -> None:
         piece=32,
         write=write,
     )
-    model = build()
-    result = genome(model, config)
+    model, seen = build(), []
+    result = genome(model, config, seen.append)
+    assert tuple(seen) == result.contexts
     held_out = [ord(c) for c in text[-360:]]
     for row, context in zip(result.contexts, (50, 300), strict=True):
         losses = []

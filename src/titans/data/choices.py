@@ -15,12 +15,11 @@ All may be compressed (`.gz`, `.bz2`). Which layout a line of a `.jsonl` file ha
 keys; any other file is read as lines.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titans.data.documents import open_text
+from titans.data.documents import json_line, open_text
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".txt", ".txt.gz", ".txt.bz2")
 ENDINGS = 4
@@ -84,11 +83,7 @@ def read_json_lines(path: Path, answer: str) -> Iterator[Item]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not a line of JSON ({error.msg})") from error
-            yield read_row(row, where, answer)
+            yield read_row(json_line(line, where), where, answer)
 
 
 def read_row(row: Any, where: str, answer: str) -> Item:

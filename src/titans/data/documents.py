@@ -244,7 +244,7 @@ def of_json(content: str, text_key: str) -> str:
     """The text that a JSON object holds, as RULER's essays do; anything else as it stands."""
     try:
         held = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content
     text = held.get(text_key) if isinstance(held, dict) else None
     return text if isinstance(text, str) else content
@@ -309,16 +309,22 @@ def csv_rows(stream: Iterable[str], path: Path) -> Iterator[tuple[str, list[str]
         raise ValueError(f"{path}:{rows.line_num}: not a line of CSV ({error})") from None
 
 
+def json_line(line: str, where: str) -> Any:
+    """ValueError, which says where, for what is no JSON."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a line of JSON ({error.msg})") from error
+    except RecursionError:
+        raise ValueError(f"{where}: not a line of JSON (nested too deep)") from None
+
+
 def _read_lines(stream: TextIOWrapper, path: Path, text_key: str) -> Iterator[Document]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not a line of JSON ({error.msg})") from error
-        yield Document(where, _text_of(row, text_key, where))
+        yield Document(where, _text_of(json_line(line, where), text_key, where))
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:
