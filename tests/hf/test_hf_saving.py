@@ -176,9 +176,10 @@ model.save_pretrained(again)
 """
 
 
-def test_a_folder_loads_where_only_transformers_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mac-deep", pytest.param("rwkv7", marks=pytest.mark.slow)])
+def test_a_folder_loads_where_only_transformers_is(kind: str, tmp_path: Path) -> None:
     """In a fresh process without this package, and what that process saves again does too."""
-    model = wrapped("mac-deep")
+    model = wrapped(kind)
     model.save_pretrained(tmp_path / "a")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment["HF_HUB_OFFLINE"] = "1"

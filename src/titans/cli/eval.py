@@ -133,11 +133,9 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def nothing_but_diverged(result: Any) -> bool:
-    """Is there no score of a suite that trains?"""
-    fields = dataclasses.asdict(result)
-    if not fields.get("diverged"):
-        return False
-    return not any(fields.get(name) for name in ("parts", "scores", "runs"))
+    """Are these the only records of a suite?"""
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {name for name, v in values.items() if isinstance(v, tuple) and v} == {"diverged"}
 
 
 def free_name(folder: Path, suite: str) -> Path:
