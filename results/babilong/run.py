@@ -7,8 +7,8 @@ tokens, at last on rows of 1,024 and 4,096 (configs below), and is asked at ever
 Test questions and books do not occur in training (`titans.data.babilong`).
 
 TITANS_DATA_DIR holds `babi/*qaN_*_{train,test}.txt.gz` and `books/*.txt.gz`. Finished rows of
-results.json are not repeated, and a stopped training goes on from its last checkpoint in --runs.
-Trained models are kept in `weights/` beside the table, with their tokenizer.
+results.json are not repeated, and a stopped training or reading goes on from what it last saved in
+--runs. Trained models are kept in `weights/` beside the table, with their tokenizer.
 """
 
 import time
@@ -222,7 +222,7 @@ def weights(name: str) -> Path:
     return WEIGHTS / f"{name.replace(' ', '-')}.safetensors"
 
 
-def test(job: Row, root: Path) -> Row:
+def test(job: Row, runs: Path, root: Path) -> Row:
     """One task at one length."""
     torch.set_num_threads(1)
     path = kept(weights(job["model"]), job["model"])
@@ -232,6 +232,7 @@ def test(job: Row, root: Path) -> Row:
         samples=samples_at(job["length"]),
         folder=str(root / "babi"),
         paths=(str(root / "books"),),
+        keep=str(runs / "answers"),
     )
     begin = time.perf_counter()
     (cell,) = babilong(load(path, choose_device("auto")), config, load_tokenizer(TOKENIZER)).cells
@@ -350,7 +351,7 @@ def main() -> None:
                 for name in names
                 for task in options.tasks
             ]
-            one = partial(test, root=root)
+            one = partial(test, runs=runs, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
     write_page(rows)

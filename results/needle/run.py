@@ -11,9 +11,9 @@ longer prompts. Words, values and books of the tests do not occur in training
 
 TITANS_DATA_DIR holds `needle/{noun,adjective}list.txt`, `books/*.txt.gz` and
 `text/wikitext-2/train.txt.gz` (training prose with numbers in it, which the books hardly have).
-Finished rows of results.json are not repeated, and a stopped training goes on from its last
-checkpoint in --runs. Trained models are kept in `weights/` beside the table, with their tokenizer,
-so that they can be asked further, here or by `titans eval needle`.
+Finished rows of results.json are not repeated, and a stopped training or reading goes on from what
+it last saved in --runs. Trained models are kept in `weights/` beside the table, with their
+tokenizer, so that they can be asked further, here or by `titans eval needle`.
 """
 
 import random
@@ -298,7 +298,7 @@ def carried(name: str) -> int:
     return sum(tensor.numel() for tensor in state.tensors().values())
 
 
-def test(job: Row, root: Path) -> Row:
+def test(job: Row, runs: Path, root: Path) -> Row:
     """One kind at one length."""
     torch.set_num_threads(1)
     path = kept(weights(job["model"]), job["model"])
@@ -310,6 +310,7 @@ def test(job: Row, root: Path) -> Row:
         rows=8,
         words=str(root / "needle"),
         paths=(str(root / "books"),),
+        keep=str(runs / "answers"),
     )
     begin = time.perf_counter()
     (cell,) = needle(load(path, choose_device("auto")), config, load_tokenizer(TOKENIZER)).cells
@@ -460,7 +461,7 @@ def main() -> None:
                 for kind in options.kind
             ]
             asking = [job for job in asking if not lost(rows, job)]
-            one = partial(test, root=root)
+            one = partial(test, runs=runs, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
         if SWEEP_MODEL in names:

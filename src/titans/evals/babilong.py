@@ -19,7 +19,7 @@ from titans.data.babilong import BabiTask, test_questions
 from titans.data.documents import expand_paths
 from titans.data.haystack import noise, prose
 from titans.data.tokenizers import Tokenizer, tokenizer_of
-from titans.evals.answers import answer, exact
+from titans.evals.answers import answer, exact, keep_folder
 from titans.evals.report import readable, wilson
 from titans.models.lm import TitansLM
 
@@ -44,6 +44,9 @@ class BabilongConfig:
     held out from training (`titans.data.haystack.prose_files`)."""
     write: bool = True
     """False: memories are read and never written."""
+    keep: str = ""
+    """A folder for answers and unfinished readings, from which the same command goes on where it
+    was stopped. Empty: nothing is kept."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,13 +124,14 @@ def ask(
     answers = [question.answer for question in questions]
     # Twice the longest answer of the task: room to name another one, which would be wrong.
     count = 2 * max(len(tokenizer.encode(f" {q.answer}.")) for q in task.questions)
+    keep = keep_folder(config.keep)
     scores, right = 0.0, 0
     for begin in range(0, len(questions), config.rows):
         samples = [
             task.sample(question, length, np.random.default_rng((config.seed, number, index)))
             for index, question in enumerate(questions[begin : begin + config.rows], start=begin)
         ]
-        rows = answer(model, samples, count, tokenizer.vocab_size, config.write)
+        rows = answer(model, samples, count, tokenizer.vocab_size, config.write, keep)
         for given, sample in zip(rows, samples, strict=True):
             said = tokenizer.decode(given)
             scores += names_it(said, sample.expected[0], sample.question, task.labels)

@@ -16,7 +16,7 @@ from titans.data.documents import expand_paths
 from titans.data.haystack import Sample, prose
 from titans.data.needle import KINDS, NeedleTask, check_kind
 from titans.data.tokenizers import Tokenizer, tokenizer_of
-from titans.evals.answers import answer, exact
+from titans.evals.answers import answer, exact, keep_folder
 from titans.evals.report import readable, wilson
 from titans.models.lm import TitansLM
 
@@ -46,6 +46,9 @@ class NeedleConfig:
     held out from training (`titans.data.haystack.prose_files`)."""
     write: bool = True
     """False: memories are read and never written."""
+    keep: str = ""
+    """A folder for answers and unfinished readings, from which the same command goes on where it
+    was stopped. Empty: nothing is kept."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ def ask(
     length: int,
     depth: float | None,
 ) -> NeedleCell:
+    keep = keep_folder(config.keep)
     scores, right = 0.0, 0
     for begin in range(0, config.samples, config.rows):
         samples = [
@@ -137,7 +141,7 @@ def ask(
             for index in range(begin, min(begin + config.rows, config.samples))
         ]
         count = config.generated or max(len(sample.answer) for sample in samples)
-        rows = answer(model, samples, count, tokenizer.vocab_size, config.write)
+        rows = answer(model, samples, count, tokenizer.vocab_size, config.write, keep)
         for given, sample in zip(rows, samples, strict=True):
             said = tokenizer.decode(given[: config.generated or len(sample.answer)])
             scores += string_match(said, sample)
