@@ -1,5 +1,6 @@
 """The loop: exact across kills, the same however a step is computed, and stopping in good order."""
 
+import json
 import os
 import signal
 import subprocess
@@ -446,6 +447,33 @@ def test_a_folder_with_a_run_needs_resume(tiny, tmp_path):
         train(tiny(steps=2), tmp_path, resume=False, progress=False)
     with pytest.raises(ValueError, match=r"train\.steps is 2 there and 3 here"):
         train(tiny(steps=3), tmp_path, progress=False)
+
+
+def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Day {n}: rain. " for n in range(400)))
+    data = {"paths": (str(text),), "valid_paths": ()}
+    config = tiny(steps=3, eval_every=0, checkpoint_every=1, data=data)
+    kill_after(2, config, tmp_path / "run")
+    whole = text.read_text()
+    text.write_text(whole.replace("rain", "snow"))
+    step = rf"run/checkpoints/{latest(tmp_path / 'run').name}: the data are not those it was"
+    with pytest.raises(ValueError, match=step):
+        train(config, tmp_path / "run", progress=False)
+    text.write_text(whole)
+    assert train(config, tmp_path / "run", progress=False).finished
+    text.write_text(whole + "More.")
+    assert train(config, tmp_path / "run", progress=False).finished  # there is nothing to read
+
+
+def test_checkpoints_that_know_no_batch_go_on(tiny, tmp_path):
+    config = tiny(steps=3, checkpoint_every=1)
+    kill_after(2, config, tmp_path)
+    path = latest(tmp_path) / "training.json"
+    index = json.loads(path.read_text())
+    assert index.pop("batch")
+    path.write_text(json.dumps(index))
+    assert train(config, tmp_path, progress=False).finished
 
 
 def test_threads_are_given_back(tiny, tmp_path):

@@ -15,6 +15,7 @@ No state of a random generator is in it: after the initial weights nothing draws
 the data of a step is a function of the seed and the step.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from titans.config import load_toml, to_toml
+from titans.data.facts import Batch
 from titans.models.lm import TitansLM
 from titans.models.lm import load as load_model
 from titans.state import (
@@ -60,7 +62,8 @@ class Training:
 
     step: optimizer steps taken. memories: in the middle of a document, what each part of the
     batch remembers of it; empty where the next step begins a new one. reader: what reads a
-    segment in the model's stead where gradients are shared with other processes.
+    segment in the model's stead where gradients are shared with other processes. batch: identity
+    of the last one, by which a resumed run knows its data.
     """
 
     model: TitansLM
@@ -68,6 +71,7 @@ class Training:
     step: int = 0
     memories: list[ModelState] = field(default_factory=list)
     reader: Any = None
+    batch: str = ""
 
 
 def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
@@ -165,6 +169,7 @@ def save_checkpoint(run_folder: Path, training: Training, keep: int) -> Path:
         "version": FORMAT_VERSION,
         "step": training.step,
         "memories": len(training.memories),
+        "batch": training.batch,
     }
     return publish(scratch, index, keep)
 
@@ -270,6 +275,18 @@ def read_index(path: Path) -> dict[str, int]:
             f"got {index['format']} version {index['version']}"
         )
     return numbers
+
+
+def batch_identity(batch: Batch) -> str:
+    found = hashlib.sha256(repr(tuple(batch.tokens.shape)).encode())
+    for column in (batch.tokens, batch.labels):
+        found.update(column.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def last_batch(folder: Path) -> str:
+    """Identity of the last batch that a checkpoint was trained on; empty in an older one."""
+    return str(json.loads((folder / INDEX).read_text(encoding="utf-8")).get("batch", ""))
 
 
 def is_sharded(folder: Path) -> bool:

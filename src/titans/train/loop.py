@@ -28,9 +28,11 @@ from titans.train.batches import Data, open_data
 from titans.train.checkpoint import (
     MODEL,
     Training,
+    batch_identity,
     checkpoints,
     held,
     is_sharded,
+    last_batch,
     load_checkpoint,
     open_run,
     save_checkpoint,
@@ -107,6 +109,8 @@ def train(
 
         start = here.on_first(begin)
         training = resume_training(training, start, config, device, here)
+        if start is not None and training.step < config.train.steps:
+            check_data(start, training.step, data)
         training.model.gradient_checkpointing = config.train.gradient_checkpointing
         known = None if start is None else read_notes(start / MODEL).get("tokenizer")
         check_tokenizer(f"{folder}: the model", known, data.tokenizer)
@@ -155,6 +159,17 @@ def resume_training(
         whole = join_rows(training.memories)
         training.memories = own_memory(whole, config.train.accumulate, here)
     return spread(training, config, here)
+
+
+def check_data(start: Path, step: int, data: Data) -> None:
+    """ValueError unless the last batch before the checkpoint is drawn again as it was."""
+    known = last_batch(start)
+    if known and known != batch_identity(data.at(step - 1).train.batch(step - 1)):
+        raise ValueError(
+            f"{start}: the data are not those it was trained on (the batch of step {step} is "
+            "another); bring those back, or begin in another folder with its "
+            "model.safetensors as train.initial_model"
+        )
 
 
 def new_training(config: RunConfig, device: torch.device, begun: bool = False) -> Training:
@@ -213,6 +228,7 @@ def run_steps(
         if stopping or due(training.step, config.train.checkpoint_every, last):
             check_parameters(training.step, training.model)
             keep = config.train.keep_checkpoints
+            training.batch = batch_identity(batch)
             if here.alone:
                 checkpoint = save_checkpoint(folder, training, keep)
             else:

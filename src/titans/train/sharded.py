@@ -69,6 +69,7 @@ def save_sharded(
             "version": SHARDED_VERSION,
             "step": training.step,
             "memories": rows if training.memories else 0,
+            "batch": training.batch,
             "files": sorted(files),
         }
         return str(publish(scratch, index, keep))
