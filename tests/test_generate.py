@@ -120,6 +120,9 @@ def test_a_cold_temperature_is_greedy() -> None:
         ([[99]], {}, "token 99 is outside the vocabulary of 40"),
         ([1, 2], {}, "prompts must be token ids, one list or row a prompt"),
         (torch.tensor([1, 2]), {}, "prompts must be token ids, one list or row a prompt"),
+        ([[1.7]], {}, "prompts must be token ids, one list or row a prompt"),
+        ([["12"]], {}, "prompts must be token ids, one list or row a prompt"),
+        (torch.tensor([[1.0]]), {}, "prompts must be token ids, one list or row a prompt"),
     ],
 )
 def test_bad_prompts_are_refused(prompts, kwargs, message, without_shape_checks) -> None:

@@ -3,6 +3,7 @@
 All of it is `model(tokens, state)`; nothing here keeps a hidden cache.
 """
 
+import operator
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def generate(
     sequence without tokens.
     """
     try:
-        rows = [[int(t) for t in row] for row in prompts]
+        rows = [[operator.index(t) for t in row] for row in prompts]
     except TypeError:
         raise ValueError("prompts must be token ids, one list or row a prompt") from None
     check_prompts(rows, max_tokens)

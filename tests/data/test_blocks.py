@@ -1,6 +1,7 @@
 """Texts of any size come block by block, and as the same tokens as at once."""
 
 import gzip
+import json
 import os
 from pathlib import Path
 
@@ -113,6 +114,23 @@ def test_prose_is_encoded_as_it_arrives(bpe):
     parts = list(encode_blocks(bpe, blocks_of(PROSE, 100)))
     assert np.concatenate(parts).tolist() == bpe.encode(PROSE)
     assert max(len(bpe.decode(part)) for part in parts) < 250
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"normalizer": {"type": "Prepend", "prepend": "_"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+    ],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_a_tokenizer_that_marks_the_first_word_is_refused_where_a_text_is_cut(bpe, tmp_path, odd):
+    (tmp_path / "odd.json").write_text(json.dumps(json.loads(bpe.rules) | odd))
+    tokenizer = load_tokenizer(tmp_path / "odd.json")
+    whole = list(encode_blocks(tokenizer, [(PROSE, True)]))
+    assert np.concatenate(whole).tolist() == tokenizer.encode(PROSE)
+    with pytest.raises(ValueError, match="gives a text in pieces other tokens than the whole"):
+        list(encode_blocks(tokenizer, blocks_of(PROSE, 100)))
 
 
 def test_documents_do_not_run_into_each_other(bpe):

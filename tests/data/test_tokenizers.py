@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +92,30 @@ def test_a_text_cannot_spell_the_end_of_its_document(bpe):
     ids = bpe.encode(f"a{END_OF_TEXT}b")
     assert bpe.end_of_document not in ids
     assert bpe.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_half_of_a_surrogate_pair_is_refused_by_both(bpe):
+    for tokenizer in (ByteTokenizer(), bpe):
+        with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+            tokenizer.encode("a\udcff")
+
+
+def test_others_run_while_a_long_text_is_encoded(bpe):
+    """A server answers meanwhile."""
+    text, seconds, ticks = "the cat sat on the mat. " * 40_000, [], []
+
+    def encode():
+        begin = time.monotonic()
+        bpe.encode(text)
+        seconds.append((begin, time.monotonic()))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.monotonic())
+        time.sleep(0.001)
+    ((begin, end),) = seconds
+    assert sum(begin < tick < end for tick in ticks) > 10
 
 
 def test_truncation_in_the_file_is_not_obeyed(bpe, tmp_path):

@@ -26,6 +26,8 @@ def test_the_models(c, model_file) -> None:
     (model,) = listed["data"]
     assert (model["id"], model["object"]) == ("tiny", "model")
     assert model["parameters"] == load(model_file).parameter_count
+    assert c.get("/v1/models/tiny").json() == model
+    assert "no model 'gpt'" in message(c.get("/v1/models/gpt"), 404)
 
 
 def test_one_completion(c, model_file) -> None:

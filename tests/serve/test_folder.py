@@ -258,6 +258,50 @@ def test_a_record_cannot_name_files_elsewhere(model, changes) -> None:
         record_of(state_after(model, 0), **changes)
 
 
+DAMAGED = {
+    "nested": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+    **{
+        f"{name} {value!s:.9}": {name: value}
+        for name, value in [
+            ("created", float("nan")),
+            ("used", "x"),
+            ("nll_sum", float("inf")),
+            ("nll_sum", 10**400),
+            ("last_nll", "x"),
+            ("nll_count", 1.5),
+            ("state_bytes", "x"),
+            ("state_bytes", -1),
+            ("model", ["a"]),
+            ("name", 5),
+            ("parent", 5),
+            ("tokens_read", None),
+            ("logged", True),
+            ("token_bytes", 3),
+            ("origin", 1),
+            ("log", 5),
+            ("tokenizer", {}),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_record_is_left_out(tmp_path, model, caplog, without_shape_checks, name) -> None:
+    """Whatever it holds: the other sessions are there."""
+    folder, state = Folder(tmp_path, LIMIT), state_after(model, 0)
+    good, bad = (folder.create(record_of(state), state) for _ in range(2))
+    path = folder.file(bad, "session.json")
+    change = DAMAGED[name]
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
+    kept = snapshot(path.parent)
+    assert folder.recover() == [good]
+    assert "left out, not a whole session" in caplog.text
+    assert snapshot(path.parent) == kept
+    folder.close()
+
+
 def test_one_server_at_a_time(tmp_path) -> None:
     first = Folder(tmp_path, LIMIT)
     with pytest.raises(ValueError, match="another server keeps its sessions there"):

@@ -1,11 +1,14 @@
 """Another site in the same browser cannot drive the server; on a network it takes a token."""
 
+from urllib.parse import parse_qs, urlsplit
+
 import pytest
-from served import BASE, client, create, message
+from served import BASE, application, client, create, message
 from starlette.testclient import TestClient
 
 from titans.serve import ServeSettings
 from titans.serve.guard import allowed_hosts
+from titans.serve.run import announce
 
 GOOD_HOSTS = ["127.0.0.1:8321", "localhost:8321", "LOCALHOST:8321", "[::1]:8321"]
 BAD_HOSTS = [
@@ -134,7 +137,8 @@ def test_further_hosts(tmp_path, model_file) -> None:
             message(c.get("/health", headers={"host": host}), 421)
     with pytest.raises(ValueError, match=r"expected a host such as box\.local"):
         allowed_hosts(ServeSettings(allow_hosts=("http://x",)))
-    assert "[fe80::1]:8321" in allowed_hosts(ServeSettings(host="fe80::1"))
+    for host in ("fe80::1", "FE80::1"):
+        assert "[fe80::1]:8321" in allowed_hosts(ServeSettings(host=host))
     assert "localhost" in allowed_hosts(ServeSettings(port=80))
 
 
@@ -153,6 +157,16 @@ def test_paths_that_only_look_open(c, model_file, tmp_path) -> None:
 def test_websockets_are_not_answered(c) -> None:
     with pytest.raises(Exception), TestClient(c.app, base_url=BASE).websocket_connect("/v1"):  # noqa: B017, PT011
         pass
+
+
+def test_any_token_comes_whole_out_of_the_pages_address(tmp_path, model_file, capsys) -> None:
+    settings = ServeSettings(token="a+b&c#d%41/", folder=tmp_path)
+    app = application(tmp_path, model_file)
+    app.state.store.folder.close()
+    announce(app, settings, page=True, browser=False)
+    address = urlsplit(capsys.readouterr().out.split("Serving at ")[1].strip())
+    assert parse_qs(address.query) == {"token": ["a+b&c#d%41/"]}
+    assert not address.fragment
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,23 @@ def test_a_body_that_is_too_long(tmp_path, model_file) -> None:
         assert not list(tmp_path.glob(".upload-*"))
 
 
+def test_tokens_of_prompts_are_made_beside_the_event_loop(c, monkeypatch) -> None:
+    """A long one takes seconds, in which others are answered."""
+    tokenizer, threads = c.app.state.store.tokenizer, []
+    encode = type(tokenizer).encode
+
+    def spy(text):
+        threads.append(threading.get_ident())
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    session = create(c)
+    for url in ("/v1/completions", f"/v1/sessions/{session}/ask"):
+        assert c.post(url, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert len(threads) == 2
+    assert c.portal.call(threading.get_ident) not in threads
+
+
 def test_a_memory_file_need_not_be_longer_than_one(c) -> None:
     largest = c.app.state.store.initial["tiny"].nbytes + 2**20
     message(c.post("/v1/sessions", content=b"x" * (largest + 1), headers=MEMORY), 413)
@@ -285,6 +302,17 @@ def other_state(top, tensors, torch):
     top["blocks"]["tuple"][0]["state"] = "MAGState"
 
 
+def eight_bits(top, tensors, torch):
+    tail = tensors["blocks.0.memory.tail"].to(torch.float8_e4m3fn)
+    tensors["blocks.0.memory.tail"] = tail
+    header = top["blocks"]["tuple"][0]["fields"]["memory"]["fields"]["tail"]
+    header["dtype"] = "float8_e4m3fn"
+
+
+def no_tensors(top, tensors, torch):
+    top["blocks"]["tuple"] = []
+
+
 def not_finite(top, tensors, torch):
     tensors["blocks.0.memory.tail"][0, 0, 0] = float("nan")
 
@@ -302,6 +330,8 @@ FORGERIES = {
     "fewer blocks": (fewer_blocks, "blocks must have 2 parts, got 1"),
     "another kind of state": (other_state, "must be MALState, got MAGState"),
     "not finite": (not_finite, "non-finite"),
+    "numbers of eight bits": (eight_bits, "holds torch.float8_e4m3fn in blocks.0.memory.tail"),
+    "no tensors": (no_tensors, "holds no tensor"),
 }
 
 
@@ -357,6 +387,17 @@ def test_the_description_is_of_these_routes(c) -> None:
     text = json.dumps(described)
     for name in described["components"]["schemas"]:
         assert f"#/components/schemas/{name}" in text
+    for path, item in paths:
+        for method, operation in item.items():
+            if method == "parameters":
+                continue
+            codes = set(operation["responses"])
+            taken = "requestBody" in operation or path.endswith("/reset")
+            assert ({"400", "408", "413", "415"} <= codes) == taken, path
+            public = path == "/health"
+            assert ("401" in codes) != public
+            assert operation.get("security") == ([] if public else None)
+    assert "503" in described["paths"]["/health"]["get"]["responses"]
     asked = set(described["components"]["schemas"]["AskRequest"]["properties"])
     assert asked == {"prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream"}
 

@@ -45,6 +45,23 @@ def test_a_byte_pair_encoding_in_any_pieces(bpe, size) -> None:
     assert len(bpe.encode(text)) < len(content)
 
 
+@pytest.mark.parametrize("between", ["\n", "\tx\n"])
+def test_lines_are_places_to_cut_too(bpe, monkeypatch, between) -> None:
+    """A text without spaces: a word, or a table, a line."""
+    monkeypatch.setattr(serve_text, "LONGEST_WORD", 20)
+    text = between.join(["the", "theory", "thing", "Äpfel"] * 20)
+    content = text.encode()
+    for size in (7, 64):
+        assert encoded(bpe, content, range(0, len(content), size)) == bpe.encode(text)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_a_mark_of_the_byte_order_is_no_text(size) -> None:
+    content = b"\xef\xbb\xbfhello \xef\xbb\xbf"
+    found = encoded(BYTES, content, range(0, len(content), size))
+    assert found == list(content[3:])
+
+
 def test_a_word_without_end_does_not_fill_the_memory(bpe, monkeypatch) -> None:
     monkeypatch.setattr(serve_text, "LONGEST_WORD", 100)
     encoder = Encoder(bpe)

@@ -265,6 +265,24 @@ def test_sessions_of_another_tokenizer_wait_for_their_own(tmp_path, model_file) 
         assert c.post(f"/v1/sessions/{session}/ask", json=question).json() == answered
 
 
+def test_half_of_a_surrogate_pair_is_no_text_for_any_tokenizer(tmp_path, model_file) -> None:
+    bpe = BPETokenizer.train(["ab ab"], 257, tmp_path / "t.json")
+    kind = {"content-type": "application/json"}
+    with client(tmp_path / "s", model_file, tokenizer=bpe.name) as c:
+        for url in ("/v1/completions", f"/v1/sessions/{create(c)}/ask"):
+            answer = c.post(url, content=b'{"prompt": "a\\ud800"}', headers=kind)
+            assert "got half of a surrogate pair" in message(answer, 400)
+
+
+def test_a_tokenizer_that_texts_cannot_be_cut_for(tmp_path, model_file) -> None:
+    tokenizer = tmp_path / "t.json"
+    rules = json.loads(BPETokenizer.train(["ab ab"], 257, tokenizer).rules)
+    rules["normalizer"] = {"type": "Prepend", "prepend": " "}
+    tokenizer.write_text(json.dumps(rules))
+    with pytest.raises(ValueError, match="gives a text in pieces other tokens than the whole"):
+        client(tmp_path / "s", model_file, tokenizer=str(tokenizer))
+
+
 def test_a_folder_of_before_tokenizers_were_noted(tmp_path, model_file) -> None:
     with client(tmp_path / "s", model_file) as c:
         session = create(c)
@@ -458,7 +476,8 @@ def test_kinds_of_bodies(c) -> None:
     assert "UTF-8" in message(c.post(f"{url}/read", content=b"x", headers=wrong), 415)
     zipped = {**TEXT, "content-encoding": "gzip"}
     assert "compressed" in message(c.post(f"{url}/read", content=b"x", headers=zipped), 415)
-    for kind in ("text/plain", 'Text/Plain; Charset="UTF-8"'):
+    flowed = "text/plain; charset=utf-8; format=flowed"
+    for kind in ("text/plain", 'Text/Plain; Charset="UTF-8"', flowed):
         answer = c.post(f"{url}/read", content=b"x", headers={"content-type": kind})
         assert answer.status_code == 200
     plain = c.post(f"{url}/ask", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
@@ -523,6 +542,7 @@ def test_what_extra_routes_get(c) -> None:
 
     tokens, after = c.portal.call(edit)
     assert tokens.tolist() == [97, 98, 99]
+    assert isinstance(tokens, np.memmap)  # a long past is not copied
     assert after.tokens().tolist() == [97, 99]
     other = create(c)
     read(c, other, "ac")

@@ -123,6 +123,29 @@ def test_three_readers_answer_as_the_library_does(c, session, short, model, atte
         assert readers[name]["tokens_read"] == tokens(short).shape[1]
 
 
+def test_what_takes_long_is_done_beside_the_event_loop(c, session, monkeypatch):
+    """Tokens of a long prompt, and a look through a long past: others are answered meanwhile."""
+    tokenizer, threads = c.app.state.store.tokenizer, []
+
+    def spied(function):
+        def spy(*arguments):
+            threads.append(threading.get_ident())
+            return function(*arguments)
+
+        return spy
+
+    monkeypatch.setattr(tokenizer, "encode", spied(tokenizer.encode))
+    monkeypatch.setattr(views, "unavailable", spied(views.unavailable))
+    asked = {"prompt": "x", "max_tokens": 1}
+    erased = {"start": 0, "stop": 1, "instead": "y", "questions": ["z"]}
+    url = f"/studio/sessions/{session}"
+    assert c.post(f"{url}/compare-ask", json=asked).status_code == 200
+    assert c.post(f"{url}/erase", json=erased).status_code == 200
+    assert c.post("/studio/explain", json={"text": "abc"}).status_code == 200
+    assert len(threads) == 6
+    assert c.portal.call(threading.get_ident) not in threads
+
+
 def test_a_drawn_answer_is_the_one_that_generate_draws(c, session, model, tmp_path):
     content = {"prompt": "def ", "max_tokens": 24, "temperature": 0.8, "seed": 5}
     answer = c.post(f"/studio/sessions/{session}/compare-ask", json=content)

@@ -14,7 +14,9 @@ from jaxtyping import Integer, UInt8
 END_OF_TEXT = "<|endoftext|>"
 # Letters and digits of codes such as 9f0d: a digit stands further on in the word or right before.
 CODES = r"[\p{L}\p{N}](?=\p{L}*\p{N})|(?<=\p{N})[\p{L}\p{N}]|\p{N}"
-_WHOLE_LINES = re.compile(r".*\S\n(?=\S)", re.DOTALL)
+# After a line end between two visible characters: no usual pre-tokenizer has a word there.
+LINE = r"(?<=\S\n)(?=\S)"
+_WHOLE_LINES = re.compile(f".*{LINE}", re.DOTALL)
 
 
 @runtime_checkable
@@ -147,7 +149,13 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens spelled out in it are encoded as ordinary text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            # A batch of one: unlike `encode`, it lets other threads run.
+            (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            return encoded.ids
+        except TypeError:
+            text.encode("utf-8")  # half of a surrogate pair is the error that bytes have for it
+            raise
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of `ids`; ends of documents vanish."""
@@ -229,6 +237,18 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tok
     return np.append(ids, ids.dtype.type(tokenizer.end_of_document))
 
 
+def check_cuts(tokenizer: Tokenizer) -> None:
+    """ValueError for one that gives a text other tokens when it is cut where texts are cut that
+    come in pieces: one that puts a space before the first word, say."""
+    for first, second in (("a", " b"), ("a\n", "b")):
+        whole = tokenizer.encode(first + second)
+        if whole != [*tokenizer.encode(first), *tokenizer.encode(second)]:
+            raise ValueError(
+                f"tokenizer {tokenizer.name!r}: gives a text in pieces other tokens than "
+                "the whole, as where it puts a space before the first word"
+            )
+
+
 def encode_blocks(
     tokenizer: Tokenizer, blocks: Iterable[tuple[str, bool]]
 ) -> Iterator[Integer[np.ndarray, "tokens"]]:
@@ -236,7 +256,7 @@ def encode_blocks(
 
     Bytes may be cut anywhere. For other tokenizers a block is cut after its last line end that
     stands between two visible characters, where no usual pre-tokenizer has a word, and the rest
-    waits for the next block.
+    waits for the next block. Raises ValueError for a tokenizer that cannot be cut there.
     """
     rest = ""
     for text, last in blocks:
@@ -249,6 +269,8 @@ def encode_blocks(
             lines = _WHOLE_LINES.match(text, searched)
             cut = lines.end() if lines else 0
             text, rest = text[:cut], text[cut:]
+            if cut:
+                check_cuts(tokenizer)
         if text:
             yield np.array(tokenizer.encode(text), dtype=np.int64)
 

@@ -10,7 +10,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from titans.data.tokenizers import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
+from titans.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    check_cuts,
+    check_tokenizer,
+    load_tokenizer,
+)
 from titans.demo import asset
 from titans.models.lm import TitansLM, load
 from titans.serve import completions, sessions
@@ -33,6 +39,7 @@ def create_app(settings: ServeSettings, extra_routes: Sequence[BaseRoute] = ()) 
     Raises ValueError for a model, tokenizer or folder that cannot be used.
     """
     tokenizer = load_tokenizer(settings.tokenizer)
+    check_cuts(tokenizer)
     paths = settings.models or {"demo": asset("demo.safetensors")}
     models = {name: load(path) for name, path in paths.items()}
     attention_path = settings.attention

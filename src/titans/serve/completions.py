@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from titans.models.lm import TitansLM
 from titans.serve.answering import Prompted, answer, prompted, seeded
 from titans.serve.body import Fields, json_object
 from titans.serve.errors import JSON
@@ -30,26 +31,30 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def models(request: Request) -> Response:
-    store = store_of(request)
-    listed = [
-        {
-            "id": name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "titans",
-            "parameters": model.parameter_count,
-            "config_hash": model.config_hash,
-        }
-        for name, model in store.models.items()
-    ]
+    listed = [describe_model(name, model) for name, model in store_of(request).models.items()]
     return JSON({"object": "list", "data": listed})
+
+
+async def show_model(request: Request) -> Response:
+    return JSON(describe_model(*store_of(request).model(request.path_params["id"])))
+
+
+def describe_model(name: str, model: TitansLM) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "titans",
+        "parameters": model.parameter_count,
+        "config_hash": model.config_hash,
+    }
 
 
 async def complete(request: Request) -> Response:
     store = store_of(request)
     fields = await json_object(request)
     name, session_id = fields.text("model"), fields.text("session")
-    prompts = take_prompts(fields, store)
+    prompts = await take_prompts(fields, store)
     count = fields.integer("n", 1, 1, store.settings.choices)
     if count * len(prompts) > store.settings.choices:
         raise ValueError(
@@ -128,7 +133,7 @@ def described(index: int, text: str, finish: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
 
-def take_prompts(fields: Fields, store: Store) -> list[list[int]]:
+async def take_prompts(fields: Fields, store: Store) -> list[list[int]]:
     """OpenAI's four forms: a text, texts, token ids, lists of token ids."""
     prompt = fields.take("prompt")
     if prompt is None:
@@ -140,7 +145,7 @@ def take_prompts(fields: Fields, store: Store) -> list[list[int]]:
     for one in several:
         if not (isinstance(one, str) or (isinstance(one, list) and is_ids(one))):
             raise ValueError("prompt must be a text, a list of texts, or token ids")
-        row = store.tokenizer.encode(one) if isinstance(one, str) else one
+        row = await store.encode(one) if isinstance(one, str) else one
         rows.append(check_prompt(store, row))
     return rows
 
@@ -168,5 +173,6 @@ def refuse_unknown(fields: Fields) -> None:
 
 ROUTES = [
     Route("/v1/models", models, methods=["GET"]),
+    Route("/v1/models/{id}", show_model, methods=["GET"]),
     Route("/v1/completions", complete, methods=["POST"]),
 ]

@@ -22,9 +22,9 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import numpy as np
 
@@ -67,10 +67,23 @@ class Record:
     last_nll: float | None = None
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not fits(value, get_args(one.type) or (one.type,)):
+                raise ValueError(f"{one.name} of a session.json cannot be {value!r:.50}")
         if not (ID.fullmatch(self.id) and FILE.fullmatch(self.state) and FILE.fullmatch(self.log)):
             raise ValueError("a session.json names files that are not a session's")
-        if not isinstance(self.created, int | float):
-            raise ValueError(f"created must be a time, got {self.created!r:.50}")
+        if self.token_bytes not in (2, 4):
+            raise ValueError(f"a session.json has tokens of {self.token_bytes} bytes")
+
+
+def fits(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Is it of one of these types, and where it is a number, one that can be reckoned with?"""
+    if type(value) is int and int in kinds:
+        return 0 <= value < 2**63
+    if type(value) in (int, float) and float in kinds:
+        return abs(value) < 1e300  # and no NaN
+    return type(value) in kinds
 
 
 def new_id() -> str:
@@ -123,7 +136,7 @@ class Folder:
             elif ID.fullmatch(path.name) and path.is_dir():
                 try:
                     records.append(self._recover(path))
-                except (OSError, ValueError, TypeError) as error:
+                except (OSError, ValueError, TypeError, RecursionError) as error:
                     log.warning("%s: left out, not a whole session (%s)", path, error)
         return sorted(records, key=lambda record: record.created)
 

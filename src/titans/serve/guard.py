@@ -167,4 +167,4 @@ def allowed_hosts(settings: ServeSettings) -> set[str] | None:
 
 
 def bracketed(name: str) -> str:
-    return f"[{name}]" if ":" in name else name.lower()
+    return f"[{name.lower()}]" if ":" in name else name.lower()

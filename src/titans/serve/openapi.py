@@ -14,6 +14,7 @@ MAYBE_NUMBER: Schema = {"type": ["number", "null"]}
 MAYBE_TEXT: Schema = {"type": ["string", "null"]}
 SSE = "text/event-stream"
 BINARY = "application/octet-stream"
+BODY = (400, 408, 413, 415)  # of what reads a request's body
 STATUS = {
     400: "The request is not understood; the message says what was expected.",
     401: "The server's token is missing or wrong.",
@@ -83,12 +84,16 @@ def operation(
     status: int = 200,
     body: Schema | None = None,
     query: Schema | None = None,
+    public: bool = False,
 ) -> Schema:
-    always = (401, 403, 421, 429)
+    """public: anybody may ask for it, as often as they like."""
+    always = (421,) if public else (401, 403, 421, 429)
     answers: Schema = {str(status): {"description": "Done.", **answer}}
     for code in sorted({*errors, *always}):
         answers[str(code)] = {"description": STATUS[code], **content(json=ref("Error"))}
     described: Schema = {"summary": summary, "responses": answers}
+    if public:
+        described["security"] = []
     if body is not None:
         described["requestBody"] = body
     if query is not None:
@@ -198,18 +203,25 @@ NEW_SESSION = content(
     ),
     binary={"type": "string", "format": "binary", "description": "A memory file."},
 )
+ALIVE = content(json=record({"status": TEXT}))
+HEALTH = operation("Is the server able to answer?", ALIVE, public=True)
+HEALTH["responses"]["503"] = {"description": "Nothing is computed any more.", **ALIVE}
 PATHS: Schema = {
-    "/health": {"get": operation("Is the server able to answer?", content(json=record({})))},
+    "/health": {"get": HEALTH},
     "/metrics": {"get": operation("Metrics in Prometheus' format", content(text=TEXT))},
     "/openapi.json": {"get": operation("This description", content(json=record({})))},
     "/v1/models": {
         "get": operation("The models, as OpenAI lists them", content(json=record({}))),
     },
+    "/v1/models/{id}": {
+        "parameters": [IDENTIFIED],
+        "get": operation("One of them", content(json=record({})), 404),
+    },
     "/v1/completions": {
         "post": operation(
             "Continue texts; streamed, each event is a Completion and the last one is [DONE]",
             content(json=ref("Completion"), events=TEXT),
-            *(400, 404, 409, 413, 415),
+            *(404, 409, *BODY),
             body=content(json=ref("CompletionRequest")),
         ),
     },
@@ -220,7 +232,7 @@ PATHS: Schema = {
         "post": operation(
             "A new session: from a model, from a memory file, or as a fork",
             ONE_SESSION,
-            *(400, 404, 409, 413, 415, 507),
+            *(404, 409, 507, *BODY),
             status=201,
             body=NEW_SESSION,
             query={"name": TEXT, "model": TEXT},
@@ -232,10 +244,10 @@ PATHS: Schema = {
         "patch": operation(
             "Rename it",
             ONE_SESSION,
-            *(400, 404, 409, 415),
+            *(404, 409, 507, *BODY),
             body=content(json=record({"name": TEXT}, "name")),
         ),
-        "delete": operation("Forget it for good", {}, 404, 409, status=204),
+        "delete": operation("Forget it for good", {}, 404, 409, 507, status=204),
     },
     "/v1/sessions/{id}/read": {
         "parameters": [IDENTIFIED],
@@ -244,7 +256,7 @@ PATHS: Schema = {
             "are accepted, as events `piece`, then `done` (the session) or `error`: then what "
             "was read before an end counts.",
             content(json=READ, events=ref("Piece")),
-            *(400, 404, 408, 409, 413, 415, 507),
+            *(404, 409, 507, *BODY),
             body=content(text=TEXT),
             query={"piece": {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS_A_PIECE}},
         ),
@@ -255,13 +267,15 @@ PATHS: Schema = {
             "Continue a prompt with what the session remembers, and leave it as it is; streamed, "
             "as events `delta` and then `done` (the Answer) or `error`",
             content(json=ref("Answer"), events=TEXT),
-            *(400, 404, 409, 413, 415),
+            *(404, 409, *BODY),
             body=content(json=ref("AskRequest")),
         ),
     },
     "/v1/sessions/{id}/reset": {
         "parameters": [IDENTIFIED],
-        "post": operation("Back to what the model had learned", ONE_SESSION, 404, 409, 507),
+        "post": operation(
+            "Back to what the model had learned", ONE_SESSION, *(404, 409, 507, *BODY)
+        ),
     },
     "/v1/sessions/{id}/memory": {
         "parameters": [IDENTIFIED],

@@ -9,6 +9,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
@@ -74,7 +75,8 @@ def listen(host: str, port: int) -> socket.socket:
 def announce(app: Starlette, settings: ServeSettings, page: bool, browser: bool) -> None:
     address = f"http://{bracketed(settings.host)}:{settings.port}"
     if page:
-        address += "/" if settings.token is None else f"/?token={settings.token}"
+        token = settings.token
+        address += "/" if token is None else f"/?token={quote(token, safe='')}"
     store = app.state.store
     print(f"{', '.join(store.models)}; {len(store.sessions)} sessions in {settings.folder}")
     print(f"Serving at {address}", flush=True)

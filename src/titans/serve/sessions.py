@@ -130,8 +130,8 @@ async def read(request: Request) -> Response:
     """Answered at the end, with all of the text read or none; or, as events, piece by piece."""
     if media_type(request) != "text/plain":
         raise ApiError(415, "expected Content-Type: text/plain; charset=utf-8")
-    charset = request.headers["content-type"].lower().partition("charset=")[2]
-    if charset.strip(' ";') not in ("", "utf-8", "utf8"):
+    charset = request.headers["content-type"].lower().partition("charset=")[2].partition(";")[0]
+    if charset.strip(' "') not in ("", "utf-8", "utf8"):
         raise ApiError(415, "expected a text in UTF-8")
     size = piece_query(request)
     store_of(request).find(request.path_params["id"])
@@ -234,7 +234,7 @@ async def ask(request: Request) -> Response:
         raise ValueError("prompt is missing")
     how, streamed = take_ask(fields, store, 256), fields.flag("stream")
     fields.finish()
-    tokens = check_prompt(store, store.tokenizer.encode(prompt))
+    tokens = check_prompt(store, await store.encode(prompt))
     model, state = store.model_of(session), await store.state(session)
 
     async def produce(emit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

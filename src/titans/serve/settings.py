@@ -49,7 +49,7 @@ class ServeSettings:
     busy_s: float = 5.0
     """Seconds a request waits for a session that another one is changing, before 409."""
     stall_s: float = 60.0
-    """Seconds without a byte, to or from a client, after which it is given up."""
+    """Seconds without a byte of a body, or one taken of an answer, until a client is given up."""
     batch: int = 32
     """Sessions that are computed together."""
 

@@ -138,11 +138,16 @@ class Store:
                 if session.record is record:
                     return content
 
+    async def encode(self, text: str) -> list[int]:
+        """Its tokens, in a thread: those of a long text take seconds."""
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
     async def past(self, session: Session) -> tuple[np.ndarray, ModelState | None]:
-        """The tokens it has read as of its last commit, (n,) int64, and the state before them."""
+        """The tokens it has read as of its last commit, as `Session.tokens` has them, and the state
+        before them."""
         await self.state(session)  # 409 where another model has its model's name by now
         try:
-            return np.array(session.tokens(), dtype=np.int64), session.origin()
+            return session.tokens(), session.origin()
         except (OSError, ValueError) as error:
             self.find(session.id)  # deleted meanwhile: 404
             log.error("session %s: %s", session.id, error)

@@ -5,19 +5,23 @@ import re
 
 import numpy as np
 
-from titans.data.tokenizers import ByteTokenizer, Tokenizer
+from titans.data.tokenizers import LINE, ByteTokenizer, Tokenizer
 
-# A byte-pair encoding may be cut before a space that follows a word: its words begin with one.
-CUT = re.compile(r"(?<=\S) (?=\S)")
+# A byte-pair encoding may also be cut before a space between words: they begin with one.
+CUT = re.compile(rf"(?<=\S)(?= \S)|{LINE}")
 LONGEST_WORD = 2**16
 
 
 class Encoder:
-    """Feed it the bytes of a UTF-8 text in any pieces; it gives the tokens of the whole text."""
+    """Feed it the bytes of a UTF-8 text in any pieces; it gives the tokens of the whole text.
+
+    Where a byte-pair encoding finds no place to cut in `LONGEST_WORD` characters, the end of a
+    piece is one, and the tokens next to it can be others than those of the whole.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.bytes_seen = 0
         self.held = ""
 

@@ -101,13 +101,13 @@ async def compare_ask(request: Request) -> Response:
     prompt = fields.text("prompt", "")
     ask = take_ask(fields, store, 64)
     fields.finish()
-    ids = check_prompt(store, store.tokenizer.encode(prompt))
+    ids = check_prompt(store, await store.encode(prompt))
     model, state = store.model_of(session), await store.state(session)
     tokens, _ = await store.past(session)
 
     async def without_memory(reader: TitansLM | None) -> views.Answer:
         """Of a reader that never wrote: only the last tokens that can matter are read."""
-        if reason := views.unavailable(reader, tokens):
+        if reason := await store.engine.call(lambda: views.unavailable(reader, tokens)):
             return views.Answer(unavailable=reason)
         assert reader is not None
         start = await store.engine.call(lambda: views.never_written(reader, tokens))
@@ -159,12 +159,12 @@ async def erase(request: Request) -> Response:
     store, id = store_of(request), request.path_params["id"]
     fields = await json_object(request)
     passage = required(fields, "start"), required(fields, "stop")
-    instead = np.array(store.tokenizer.encode(fields.text("instead", "")), dtype=np.int64)
+    instead = np.array(await store.encode(fields.text("instead", "")), dtype=np.int64)
     questions = fields.texts("questions", MOST_QUESTIONS)
     expected = fields.integer("tokens_read", None, 0, 2**53)
     fields.finish()
     ask = Ask(sampling=Sampling(temperature=0.0), max_tokens=12, stop=("»",))
-    prompts = [check_prompt(store, store.tokenizer.encode(text)) for text in questions]
+    prompts = [check_prompt(store, await store.encode(text)) for text in questions]
 
     async def read_again(session: Session) -> tuple[np.ndarray, Reread, dict[str, Any]]:
         """The edited text, the memory of it, and what changed."""
@@ -175,7 +175,8 @@ async def erase(request: Request) -> Response:
             raise ValueError(
                 f"expected start < stop within 0..{len(tokens)}, got {passage[0]} and {passage[1]}"
             )
-        edited = np.concatenate([tokens[: passage[0]], instead, tokens[passage[1] :]])
+        parts = [tokens[: passage[0]], instead.astype(tokens.dtype), tokens[passage[1] :]]
+        edited = await asyncio.to_thread(np.concatenate, parts)
         model, old = store.model_of(session), await store.state(session)
         new = await reread(store.engine, model, edited, origin)
         apart = await store.engine.call(lambda: views.changed(model, old, new.state))
@@ -239,7 +240,7 @@ async def explain(request: Request) -> Response:
     fields.finish()
     if id is None:
         _, model = store.model(name)
-        ids = np.array(check_prompt(store, store.tokenizer.encode(text)))[:64]
+        ids = np.array(check_prompt(store, await store.encode(text)))[:64]
 
         def work() -> dict[str, Any]:
             return views.explained(

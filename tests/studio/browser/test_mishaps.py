@@ -5,7 +5,9 @@ import urllib.request
 
 import driver
 import pytest
-from test_page import LOG, no_sideways
+from test_page import LOG, load_file, no_sideways
+
+from titans.demo import asset
 
 LONGEST = "n" * 200
 
@@ -443,3 +445,100 @@ def test_how_numbers_are_written(open_page, server):
     )
     sizes = ["999 B", "1.00 KB", "999 KB", "1.00 MB", "1.00 MB", "999 MB", "1.00 GB"]
     assert written == [sizes, ["999", "1,000", "1,000", "1,000", "0.00100"]]
+
+
+def open_memory(page, session: dict) -> None:
+    """From the list of memories, to its text."""
+    page.click(f"[data-id='{session['id']}'] >> button:text-is('Open')")
+    page.wait_for_selector("#chip:visible")
+    page.wait_for_selector("#read:visible")
+
+
+def test_whole_characters_are_erased_and_single_ones_can_be(open_page, server):
+    """A character of two tokens is neither cut at the end of a selection nor at the cursor."""
+    session = send(server, "v1/sessions", {"name": "characters"})
+    send(server, f"v1/sessions/{session['id']}/read", "a«b»cd")
+    page = open_page(server.url, view="#memories")
+    open_memory(page, session)
+    driver.until(page, f"(async () => {LOG}.length === 8)()")
+    for keys, left in (
+        (("Control+Home", "Shift+ArrowRight"), "b»cd"),
+        (("Control+Home", "ArrowRight"), "bcd"),
+        (("Control+Home",), "cd"),
+    ):
+        page.focus("#pane")
+        for key in keys:
+            page.keyboard.press(key)
+        page.keyboard.press("Delete")
+        driver.until(page, f"(async () => {LOG}.text.join('') === '{left}')()")
+        page.wait_for_selector("#erase-result")
+    assert page.locator("#failure").is_hidden()
+
+
+def test_a_model_without_memories_beside_one_with(browser, tmp_path):
+    """It reads and erases, and what is explained is the open memory's model."""
+    models = {"attention": "demo-attention.safetensors", "demo": "demo.safetensors"}
+    named = [f"--model={name}={asset(file)}" for name, file in models.items()]
+    server = driver.Server(tmp_path / "sessions", *named)
+    context = browser.new_context(viewport=driver.WIDE)
+    try:
+        page = context.new_page()
+        driver.open_studio(page, server.url)
+        driver.read(page, "left")
+        page.click("#erase .suggestion >> nth=0")
+        page.click("#erase-button")
+        page.wait_for_selector("#erase-result")
+        told_of = page.locator("#erase-result").inner_text()
+        assert "erased." in told_of
+        assert "weights" not in told_of
+        page.click("nav >> text=How it works")
+        page.wait_for_selector("#explain [role=alert]")
+        session = send(server, "v1/sessions", {"name": "other", "model": "demo"})
+        page.click("nav >> text=Memories")
+        open_memory(page, session)
+        page.click("nav >> text=How it works")
+        page.wait_for_selector(".stage canvas")
+        assert page.locator("#explain [role=alert]").count() == 0
+        assert "A sample" in page.locator("#explain").inner_text()
+    finally:
+        context.close()
+        server.stop()
+
+
+# What is drawn from now on: places that lines begin at, and labels.
+WATCH_DRAWING = """() => {
+    window.drawn = [];
+    for (const name of ["moveTo", "fillText"]) {
+        const really = CanvasRenderingContext2D.prototype[name];
+        CanvasRenderingContext2D.prototype[name] = function (...given) {
+            window.drawn.push([this.canvas.dataset.quantity, name, ...given]);
+            really.apply(this, given);
+        };
+    }
+}"""
+
+
+def test_curves_of_a_memory_that_had_read_before(open_page, server, tmp_path):
+    """Its weights had moved at the first token that is shown, whose position is not 0; and its
+    file may have any name."""
+    text = server.texts()["left"]["text"]
+    first = send(server, "v1/sessions", {"name": "first"})
+    send(server, f"v1/sessions/{first['id']}/read", text)
+    page = open_page(server.url, view="#memories")
+    content = server.get(f"v1/sessions/{first['id']}/memory")
+    load_file(page, content, "n" * 79 + "\N{GRINNING FACE}" * 2 + ".memory")
+    page.wait_for_selector(f".memory-name >> nth={len(server.sessions()) - 1}")
+    driver.until(page, "document.querySelector('.memory-name').value.startsWith('nnn')")
+    assert page.input_value(".memory-name >> nth=0") == "n" * 79 + "\N{GRINNING FACE}"
+    page.click("nav >> text=Read")
+    driver.read(page, "right")
+    page.evaluate(WATCH_DRAWING)
+    page.hover("canvas[data-quantity=moved]")
+    drawn = page.evaluate("window.drawn.filter(([quantity]) => quantity === 'moved')")
+    begins = [given for _, name, *given in drawn if name == "moveTo"]
+    assert begins
+    assert [52, 80] not in begins  # on the axis, where nothing had been read
+    labels = [given[0] for _, name, *given in drawn if name == "fillText"]
+    before = len(text.encode())
+    after = before + len(server.texts()["right"]["text"].encode())
+    assert {f"{before:,}", f"{after:,} tokens"} <= set(labels)

@@ -168,7 +168,7 @@ export class Charts extends EventTarget {
       drawing.strokeStyle = drawing.fillStyle = colours.series[i % 8];
       drawing.lineWidth = 1.4;
       const line = row.lines[m][head];
-      if (line.at instanceof Array) steps(drawing, line, x, y, from, to);
+      if (line.at instanceof Array) steps(drawing, line, x, y, from, to, this.log.first);
       else curve(drawing, line, x, y, from, to, width - GUTTER, row.name === "surprise");
     }
     const at = this.hovered ?? this.cursor;
@@ -218,11 +218,8 @@ export class Charts extends EventTarget {
     for (const [position, align] of labels) {
       drawing.textAlign = align;
       const at = GUTTER + ((position - from) / (to - from)) * (width - GUTTER - 1);
-      drawing.fillText(
-        align === "right" ? `${count(position)} tokens` : count(position),
-        at,
-        HEIGHT + 2,
-      );
+      const shown = count(this.log.first + position);
+      drawing.fillText(align === "right" ? `${shown} tokens` : shown, at, HEIGHT + 2);
     }
   }
 
@@ -280,9 +277,10 @@ function curve(drawing, line, x, y, from, to, pixels, band) {
   drawing.stroke();
 }
 
-/** Values at piece ends, from 0 at the first token. */
-function steps(drawing, points, x, y, from, to) {
-  const path = [[x(from), y(valueAt(points, from - 1))]];
+/** Values at piece ends, from 0 before the first token; where that had position `first`, and so
+ * more was read before it, from the first that is known. */
+function steps(drawing, points, x, y, from, to, first) {
+  const path = from || !first ? [[x(from), y(valueAt(points, from - 1))]] : [];
   for (let i = 0; i < points.at.length; i++) {
     if (points.at[i] >= from) path.push([x(points.at[i]), y(points.values[i])]);
     if (points.at[i] > to) break;

@@ -25,7 +25,7 @@ export class ErasePanel {
     this.keep = h("input", { type: "checkbox", id: "keep" });
     this.chooseAnew(null);
     pane.addEventListener("cursor", () => this.update());
-    pane.addEventListener("erase", () => this.erase());
+    pane.addEventListener("erase", () => this.erase(pane.passage()));
     for (const name of ["session-changed", "busy"])
       studio.addEventListener(name, () => this.update());
     studio.addEventListener("session", () => {
@@ -122,8 +122,7 @@ export class ErasePanel {
     );
   }
 
-  async erase() {
-    const range = this.range();
+  async erase(range = this.range()) {
     if (!range || studio.busy) return;
     const instead = this.instead.value;
     const words = studio.log.slice(...range);
@@ -240,7 +239,7 @@ function report(result, questions) {
       ),
     );
   });
-  const [memory, head] = place(result.distance, largest);
+  const [memory, head] = change.length ? place(result.distance, largest) : [];
   return h(
     "div",
     { id: "erase-result", tabindex: "-1", class: "column" },
@@ -252,7 +251,9 @@ function report(result, questions) {
         {},
         `${plural(result.erased, "token")} erased${result.inserted ? `, ${result.inserted} read instead` : ""}.`,
       ),
-      ` The weights differ from before by ${number(change[largest])} in layer ${memory + 1}, head ${head + 1}, where they had moved ${number(size[largest])}.`,
+      change.length
+        ? ` The weights differ from before by ${number(change[largest])} in layer ${memory + 1}, head ${head + 1}, where they had moved ${number(size[largest])}.`
+        : null,
     ),
     rows.length
       ? h(

@@ -92,7 +92,8 @@ export class Explain {
   /** Called when the view is opened: the tokens around the one that was chosen on the page. */
   async open(cursor) {
     const { session } = studio;
-    const key = `${session?.id}:${session?.tokens_read}:${cursor}`;
+    this.model = studio.info && studio.model.name;
+    const key = `${this.model}:${session?.id}:${session?.tokens_read}:${cursor}`;
     if (key === this.key) return;
     this.key = key;
     this.cursor = session?.tokens_read ? cursor : null;
@@ -107,7 +108,7 @@ export class Explain {
       this.root.replaceChildren(this.title(), h("p", { class: "busy" }, "Working it out …"));
     const where =
       this.cursor === null || this.cursor === undefined
-        ? { text: SAMPLE }
+        ? { text: SAMPLE, model: this.model }
         : { session: studio.session.id, index: this.cursor + studio.log.skipped };
     try {
       this.data = await api.explain(

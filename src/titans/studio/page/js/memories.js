@@ -163,9 +163,10 @@ export class Memories {
 
   async load(file) {
     if (!file) return;
-    const name = file.name.replace(/\.(memory|safetensors)$/, "") || "loaded";
+    const whole = file.name.replace(/\.(memory|safetensors)$/, "") || "loaded";
+    const name = [...whole].slice(0, 80).join("");
     await studio.attempt(async () => {
-      const session = await api.upload(file, this.unused(name.slice(0, 80))).catch((error) => {
+      const session = await api.upload(file, this.unused(name)).catch((error) => {
         throw new Error(`${file.name} cannot be loaded: ${error.message}`);
       });
       await this.open(session);

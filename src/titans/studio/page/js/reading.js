@@ -201,11 +201,18 @@ export class ReadingPane extends EventTarget {
 
   /** Selected tokens as [from, to), or null where there are not at least two. */
   selection() {
-    if (this.anchor === null || this.anchor === this.cursor) return null;
-    const to = Math.max(this.anchor, this.cursor) + 1;
-    let from = Math.min(this.anchor, this.cursor);
+    return this.anchor === null || this.anchor === this.cursor ? null : this.passage();
+  }
+
+  /** The same; without a selection the character at the cursor, or null where there is none. */
+  passage() {
+    if (this.cursor === null) return null;
+    const { text, length } = this.log;
+    const anchor = this.anchor ?? this.cursor;
+    let [from, to] = [Math.min(anchor, this.cursor), Math.max(anchor, this.cursor) + 1];
     // A character of several byte tokens is shown at its last: take it whole.
-    while (from > 0 && this.log.text[from - 1] === "") from -= 1;
+    while (from > 0 && text[from - 1] === "") from -= 1;
+    while (to < length && text[to - 1] === "") to += 1;
     return [from, to];
   }
 
