@@ -10,6 +10,7 @@ from adapt_bases import DEEP, LINEAR, STYLES, base, some_tokens, trained
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import titans.inspect
 from titans import ModelState
 from titans.hf import TitansCache
 from titans.hf.adapter import FILE_NAME, adapt, load_adapter
@@ -38,6 +39,21 @@ def test_padding_is_not_read(family: str, window: int | None, memory) -> None:
     for row, begin in ((0, 0), (1, 5)):
         alone = adapted.generate(tokens[row : row + 1, begin:], **GREEDY)
         assert torch.equal(together[row, begin:], alone[0])
+
+
+@torch.no_grad()
+def test_it_has_what_a_model_of_ours_has() -> None:
+    adapted, tokens = trained(window=8), some_tokens()
+    inner = adapted.model
+    losses = inner.losses(tokens, tokens).nll
+    logits = inner(tokens)[0]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(losses.mean(), wanted.to(losses.dtype), rtol=1e-5, atol=1e-5)
+    assert inner.tokenizer is None
+    state = inner.init_state(1)
+    for look in (titans.inspect.reach, lambda model: titans.inspect.memories(model, state)):
+        with pytest.raises(ValueError, match="an adapted model cannot be looked into"):
+            look(inner)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -1,13 +1,15 @@
 """The wrapped model computes what `TitansLM` computes; padding is not read."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import KINDS, VOCABULARY, small, some_tokens, wrapped
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from titans.config import VARIANTS
-from titans.hf import TitansCache
+from titans.hf import TitansCache, TitansHFConfig
 
 TOLERANCE = 1e-11  # float64; logits are of order 10
 
@@ -91,6 +93,43 @@ def test_loss_is_the_mean_over_labelled_next_tokens() -> None:
     assert_close(output.loss, nll[counted].mean(), tolerance=1e-6)  # transformers': float32
 
 
+def test_padding_counts_in_no_loss() -> None:
+    """Labels as a collator gives them, the first token of a padded row among them."""
+    model, tokens = wrapped("mag"), some_tokens()
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        model.model.head.weight.mul_(30.0)  # what an unread token adds, log V, is far from the rest
+    losses = [model(row[None], labels=row[None]).loss for row in (tokens[0, 4:], tokens[1])]
+    counts = torch.tensor([6.0, 10.0])
+    wanted = (torch.stack(losses) * counts).sum() / counts.sum()
+    assert_close(model(tokens, attention_mask=mask, labels=labels).loss, wanted, tolerance=1e-6)
+    assert (labels[0, 4] == tokens[0, 4]).item()  # the caller's are not changed
+
+
+def test_a_call_that_fails_has_not_read() -> None:
+    model, tokens = wrapped("mac"), some_tokens()
+    cache = TitansCache(model(tokens[:1]).past_key_values.state)
+    before = cache.memory.parts
+    with pytest.raises(ValueError, match=r"labels must be \(2, 11\) as the tokens, got \(2, 10\)"):
+        model(tokens, past_key_values=cache, labels=tokens[:, 1:])
+    with pytest.raises(IndexError):
+        model(tokens, past_key_values=cache, logits_to_keep=torch.tensor([99]))
+    assert cache.memory.parts is before
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_model_is_made_as_it_is_loaded(dtype: torch.dtype) -> None:
+    config = TitansHFConfig.from_titans(small("lmm").config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {n for n in dict(model.named_parameters()) if re.search(r"gates|initial", n)}
+    assert wide
+    assert model(some_tokens()).logits.dtype == dtype
+
+
 def test_embeddings_instead_of_tokens() -> None:
     model, tokens = wrapped("mal"), some_tokens()
     embeddings = model.get_input_embeddings()(tokens)
@@ -137,7 +176,7 @@ def test_without_a_cache_none_is_returned() -> None:
     assert cache.get_seq_length() == tokens.shape[1]
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(without_shape_checks) -> None:
     model, tokens = wrapped("mac"), some_tokens()
     with pytest.raises(ValueError, match="TitansCache, got DynamicCache"):
         model(tokens, past_key_values=DynamicCache())
@@ -151,6 +190,12 @@ def test_what_is_refused() -> None:
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="position_ids: tokens are read in their order"):
         model(tokens, position_ids=torch.arange(11) % 6)  # two texts packed into one row
+    for given, got in ((tokens[0], r"\(11,\)"), (tokens[0, 0], r"\(\)"), ([[1]], "list")):
+        with pytest.raises(ValueError, match=rf"input_ids must be .* \(B, T\), got {got}"):
+            model(given)
+    for shape in ((2, 3, 5), (2, 16)):
+        with pytest.raises(ValueError, match=r"inputs_embeds must be .* \(B, T, 16\), got"):
+            model(inputs_embeds=torch.zeros(shape))
     cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match="for 2 rows, got tokens for 3"):
         model(some_tokens(3), past_key_values=cache)

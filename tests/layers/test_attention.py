@@ -16,6 +16,15 @@ from titans.layers.attention import SegmentAttention, SlidingWindowAttention, ro
 DIM, HEADS, BASE = 12, 2, 100.0
 
 
+@pytest.fixture(autouse=True, scope="module", params=["scores", "fused"])
+def form(request):
+    """What short blocks take, and what long ones do (and all of them on a GPU)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "fused":
+            patch.setattr("titans.layers.attention.FUSED_FROM", 0)
+        yield
+
+
 def made(cls, *settings):
     torch.manual_seed(0)
     return cls(DIM, HEADS, *settings, BASE).double()

@@ -84,3 +84,10 @@ def test_one_class_is_refused() -> None:
 def test_an_unknown_pooling_is_refused(without_shape_checks) -> None:
     with pytest.raises(ValueError, match="pooling must be one of mean, last, got 'max'"):
         SequenceClassifier(config("lmm"), 2, pooling="max")
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 9], [3]])
+def test_lengths_that_no_row_has_are_refused(without_shape_checks, lengths) -> None:
+    model = SequenceClassifier(config("lmm"), 2)
+    with pytest.raises(ValueError, match=r"lengths must be 2 numbers from 1 to 8, got \["):
+        model(torch.ones(2, 8, dtype=torch.long), torch.tensor(lengths))

@@ -287,6 +287,39 @@ def test_bfloat16_keeps_the_memory_in_float32(variant: str) -> None:
     assert alike > 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["lmm", "mac", "deltanet"])
+def test_decoding_in_half_precision_rounds_as_the_parallel_pass(variant: str, dtype) -> None:
+    """The convolution of one token sums as wide as that of many. (Half an ulp of bf16 is 0.004.)"""
+    model, tokens = build(variant).to(dtype), some_tokens()
+    whole, _ = model(tokens)
+    state, steps = None, []
+    for t in range(tokens.shape[1]):
+        logits, state = model(tokens[:, t : t + 1], state)
+        steps.append(logits)
+    apart = (torch.cat(steps, 1).double() - whole.double()).norm() / whole.double().norm()
+    assert apart < (0.004 if dtype == torch.bfloat16 else 0.0005)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal"])
+def test_models_can_be_traced(variant: str) -> None:
+    """Their checks of values are for plain tensors: a gradient for each text, by torch.func."""
+    model, tokens = build(variant), some_tokens()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        logits, _ = torch.func.functional_call(model, parameters, (row[None],))
+        return logits.square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, tokens)
+    for i, row in enumerate(tokens):
+        model.zero_grad()
+        model(row[None])[0].square().mean().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(each[name][i], p.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_bad_tokens_and_states_are_refused() -> None:
     model = build("mac")
     tokens = some_tokens()
@@ -316,6 +349,16 @@ def test_labels_have_the_shape_of_tokens(without_shape_checks) -> None:
     tokens = some_tokens()
     with pytest.raises(ValueError, match="tokens and labels must have one shape"):
         build("lmm").losses(tokens, tokens.T)
+
+
+def test_labels_are_of_the_vocabulary_or_none() -> None:
+    tokens = some_tokens()
+    for wrong in (VOCABULARY, -1):
+        labels = tokens.clone()
+        labels[0, 1] = wrong
+        with pytest.raises(ValueError, match=f"label {wrong} is outside the vocabulary of 50"):
+            build("lmm").losses(tokens, labels)
+    build("lmm").losses(tokens, torch.full_like(tokens, -100))
 
 
 def test_a_whole_number_for_a_float_is_the_same_model(tmp_path, without_shape_checks) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import MLP, RESIDUAL, build
 
-from titans.ops import MemoryNetwork
+from titans.ops import MemoryNetwork, read_memory
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -191,6 +191,24 @@ SETTINGS = {
 def test_settings_that_do_not_fit(case, options, message):
     with pytest.raises(ValueError, match=message):
         case(**{"impl": "auto", **options})
+
+
+LINEAR = MemoryNetwork(depth=1, residual=False, norm=False)
+READS = {
+    "heads": ((1, 5, 1, 4), [(1, 2, 4, 4)], r"weights must have shapes \[\(1, 1, 4, 4\)\]"),
+    "batch": ((1, 5, 2, 4), [(3, 2, 4, 4)], r"for these queries, got \[\(3, 2, 4, 4\)\]"),
+    "size": ((1, 5, 2, 3), [(1, 2, 4, 4)], r"weights must have shapes \[\(1, 2, 3, 4\)\]"),
+    "layers": ((1, 5, 2, 4), [(1, 2, 4, 4)] * 2, "weights must have shapes"),
+    "none": ((1, 5, 2, 4), [], r"one per layer, got shapes \[\]"),
+    "matrix": ((1, 5, 2, 4), [(4, 4)], r"one per layer, got shapes \[\(4, 4\)\]"),
+    "queries": ((5, 2, 4), [(1, 2, 4, 4)], r"queries must be floating point \(B, T, H, D\)"),
+}
+
+
+@pytest.mark.parametrize(("queries", "weights", "message"), READS.values(), ids=READS.keys())
+def test_reads_that_do_not_fit(queries, weights, message):
+    with pytest.raises(ValueError, match=message):
+        read_memory(x(*queries), [x(*shape) for shape in weights], LINEAR)
 
 
 NETWORKS = {

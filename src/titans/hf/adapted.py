@@ -260,7 +260,9 @@ class AdaptedLM(TitansLM):
         self.config = base.config
         self.config_hash = adapter_hash(base.config, config)
         self.gradient_checkpointing = False
-        self.peers = None
+        self.tokenizer = None
+        self.peers = self.team = None
+        self.cuts = {}
         self.memories = nn.ModuleDict({str(layer): MemoryBeside(config) for layer in config.layers})
         like = next(base.parameters())
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -58,6 +58,10 @@ class MemoryLayer(CacheLayerMixin):
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was; a row may be taken several times, or never."""
+        self.parts = self.selected(rows)
+
+    def selected(self, rows: Sequence[int]) -> tuple[Part, ...]:
+        """The parts after `select`."""
         parts = []
         for part in self.parts:
             taken = [
@@ -65,7 +69,7 @@ class MemoryLayer(CacheLayerMixin):
             ]
             if taken:
                 parts.append(part.pick([place for _, place in taken], [new for new, _ in taken]))
-        self.parts = tuple(parts)
+        return tuple(parts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

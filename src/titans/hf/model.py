@@ -43,7 +43,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' form)
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
-    # M_0 and the gates, also in a model that is stored and loaded in bf16.
+    # M_0 and the gates, also in a model that is made, stored and loaded in bf16.
     _keep_in_fp32_modules_strict = ["initial", "gates"]  # noqa: RUF012
 
     def __init__(self, config: TitansHFConfig) -> None:
@@ -52,6 +52,10 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             # The first releases of 5 would cast what is listed above down.
             self.dtype_plan: dict[str, torch.dtype] = {}
         self.model = TitansLM(config.to_titans())
+        for name, parameter in self.model.named_parameters():
+            short = parameter.dtype in (torch.bfloat16, torch.float16)  # of `from_config`
+            if short and not set(self._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
+                parameter.data = parameter.data.float()
         self.post_init()
 
     @classmethod
@@ -150,13 +154,15 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
                 "and padding as attention_mask"
             )
         x, mask = self.embed(input_ids, inputs_embeds, attention_mask)
-        cache = self.cache_of(past_key_values, x.shape[0])
+        if labels is not None and labels.shape != x.shape[:2]:
+            raise ValueError(
+                f"labels must be {tuple(x.shape[:2])} as the tokens, got {tuple(labels.shape)}"
+            )
+        cache, parts = self.cache_of(past_key_values, x.shape[0])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         wanted = wanted_depths(output_hidden_states, 1 + self.config.num_hidden_layers)
-        depths, parts = self.read(x, mask, cache.memory.parts, all_depths=bool(wanted))
-        cache.memory.parts = parts
-        cache.memory.seen += x.shape[1]
+        depths, parts = self.read(x, mask, parts, all_depths=bool(wanted))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(depths[-1][:, kept])
         chosen: Any = None
@@ -164,11 +170,17 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             chosen = tuple(h if i in wanted else None for i, h in enumerate(depths))
         loss = None
         if labels is not None:
+            if mask is not None:  # what follows a token that was not read is predicted by nothing
+                labels = labels.clone()
+                labels[:, 1:].masked_fill_(~mask[:, :-1], -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
             )
         if use_cache is None:
             use_cache = self.config.use_cache
+        # At the end: a call that fails has not read, so that it may be made again.
+        cache.memory.parts = parts
+        cache.memory.seen += x.shape[1]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -184,6 +196,12 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("expected input_ids or inputs_embeds, and not both")
         given = tokens if embeddings is None else embeddings
         assert given is not None
+        wanted = "(B, T)" if embeddings is None else f"(B, T, {self.config.hidden_size})"
+        fits = isinstance(given, Tensor) and given.ndim == (2 if embeddings is None else 3)
+        if not fits or given.shape[2:] not in ((), (self.config.hidden_size,)):
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            name = "input_ids" if embeddings is None else "inputs_embeds"
+            raise ValueError(f"{name} must be a tensor of shape {wanted}, got {got}")
         if not given.shape[1]:
             raise ValueError(
                 "no tokens to read: after a cache that has read, `generate` takes the whole text "
@@ -208,8 +226,8 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.check_tokens(tokens)
         return self.model.embedding(tokens), mask
 
-    def cache_of(self, given: Any, rows: int) -> TitansCache:
-        """The cache to go on with. A state of one row is repeated for all."""
+    def cache_of(self, given: Any, rows: int) -> tuple[TitansCache, tuple[Part, ...]]:
+        """The cache to go on with, and what it holds; a state of one row is repeated for all."""
         if given is None:
             given = TitansCache()
         if not isinstance(given, TitansCache):
@@ -219,10 +237,10 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             )
         memory = given.memory
         if memory.batch_size == 1:
-            memory.select([0] * rows)
-        elif memory.parts and memory.batch_size != rows:
+            return given, memory.selected([0] * rows)
+        if memory.parts and memory.batch_size != rows:
             raise ValueError(f"the cache is for {memory.batch_size} rows, got tokens for {rows}")
-        return given
+        return given, memory.parts
 
     def read(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titans.config import TitansConfig
 from titans.generate import PIECE, stream
+from titans.inspect.weights import mixers
 from titans.layers.attention import SegmentState, WindowState
 from titans.models.lm import TitansLM
 from titans.state import ModelState, State
@@ -64,10 +65,10 @@ def reach(model: TitansLM) -> int | None:
     In a block a token sees as far back as the convolutions and the attention window do; in MAC,
     to the beginning of the segment that its memory's convolution reaches.
     """
-    config = model.config
+    config, found = model.config, mixers(model)
     if config.variant == "transformer":
         return None
-    return 1 + sum(look_back(config, block.mixer) for block in model.blocks)
+    return 1 + sum(look_back(config, mixer) for mixer in found)
 
 
 def look_back(config: TitansConfig, mixer: Any) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,9 +31,17 @@ def memories(model: TitansLM, state: ModelState) -> list[Memory]:
     return [Memory(block, layer, held) for (block, layer), (_, held) in pairs]
 
 
+def mixers(model: TitansLM) -> list[Any]:
+    """What mixes the tokens in each block. ValueError for an adapted model, which has none."""
+    found = [getattr(block, "mixer", None) for block in model.blocks]
+    if None in found:
+        raise ValueError("an adapted model cannot be looked into: its blocks are another library's")
+    return found
+
+
 def memory_layers(model: TitansLM) -> list[tuple[int, NeuralMemory]]:
     """Index of the block and layer of every memory."""
-    layers = ((i, getattr(block.mixer, "memory", None)) for i, block in enumerate(model.blocks))
+    layers = ((i, getattr(mixer, "memory", None)) for i, mixer in enumerate(mixers(model)))
     return [(index, layer) for index, layer in layers if isinstance(layer, NeuralMemory)]
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from titans.distributed import Peers
 from titans.state import State
 
+FUSED_FROM = 256  # queries of a block; shorter ones take as long in training, and longer to decode
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowState(State):
@@ -221,9 +223,9 @@ def attend_with_prefix(
     mask: Bool[Tensor, "*m t s"],
 ) -> Float[Tensor, "*b h t d"]:
     """One softmax over the prefix (position-free) and the tokens (rotary, masked)."""
-    scale = q.shape[-1] ** -0.5
+    size = q.shape[-1]
     if prefix_k.shape[2] == 0:
-        return F.scaled_dot_product_attention(rotated, k, v, attn_mask=mask, scale=scale)
+        return fused_attention(rotated, k, v, mask, size)
     if q.ndim == 5:  # blocked: the prefix is the same in every block
         prefix_k, prefix_v = prefix_k[:, None], prefix_v[:, None]
     prefix_k, prefix_v = (
@@ -234,7 +236,27 @@ def attend_with_prefix(
     keys = torch.cat([torch.cat([zero_p, prefix_k], -1), torch.cat([k, zero_k], -1)], -2)
     values = torch.cat([prefix_v, v], -2)
     mask = F.pad(mask, (prefix_k.shape[-2], 0), value=True)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return fused_attention(queries, keys, values, mask, size)
+
+
+def fused_attention(
+    q: Float[Tensor, "*b h t k"],
+    k: Float[Tensor, "*b h s k"],
+    v: Float[Tensor, "*b h s d"],
+    mask: Bool[Tensor, "*m t s"],
+    size: int,
+) -> Float[Tensor, "*b h t d"]:
+    """softmax(q k^T / sqrt(size)) v, in the form that PyTorch has fused kernels for (one batch
+    dimension, values as wide as keys); on a CPU only where they gain over forming the scores."""
+    batch, width = q.shape[:-3], v.shape[-1]
+    if q.device.type == "cpu" and q.shape[-2] < FUSED_FROM:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)
+    if len(batch) > 1:
+        mask = mask.expand(*batch, *mask.shape[-3:])
+        q, k, v, mask = (x.flatten(0, len(batch) - 1) for x in (q, k, v, mask))
+    v = F.pad(v, (0, q.shape[-1] - width))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)
+    return y[..., :width].unflatten(0, batch) if len(batch) > 1 else y[..., :width]
 
 
 def window_mask(

@@ -40,7 +40,15 @@ class SequenceClassifier(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "b t"], lengths: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c"]:
-        """Logits of the classes; `lengths` tokens of each row count."""
+        """Logits of the classes; `lengths` tokens of each row count, at least one."""
+        if (
+            lengths.shape != tokens.shape[:1]
+            or not 1 <= lengths.min() <= lengths.max() <= tokens.shape[1]
+        ):
+            raise ValueError(
+                f"lengths must be {len(tokens)} numbers from 1 to {tokens.shape[1]}, got "
+                f"{lengths.tolist()}"
+            )
         hidden = self.backbone.hidden(tokens).hidden
         if self.pooling == "last":
             at = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])

@@ -23,6 +23,7 @@ from titans.models.lmm import LMMMixer
 from titans.models.mac import MACMixer
 from titans.models.mag import MAGMixer
 from titans.models.mal import MALMixer
+from titans.ops.tracing import is_traced
 from titans.state import (
     ModelState,
     State,
@@ -232,13 +233,15 @@ class TitansLM(nn.Module):
         """How likely every label was. Never holds more than `LOGITS` logits, whatever the number
         of tokens: they are computed in pieces, and for the backward pass once more.
 
-        labels: the token to predict at each position, `titans.data.text.IGNORED` for none.
+        labels: the token to predict at each position, -100 (`titans.data.text.IGNORED`) for none.
         """
         if labels.shape != tokens.shape:
             raise ValueError(
                 f"tokens and labels must have one shape, got {tuple(tokens.shape)} and "
                 f"{tuple(labels.shape)}"
             )
+        if not is_traced([labels]):
+            self.check_range("label", labels.masked_fill(labels == -100, 0))
         hidden, state, records = self.hidden(tokens, state)
         losses = token_losses if self.team is None else partial(shared_losses, self.team)
         nll, likeliest = losses(self.head, hidden, labels)
@@ -287,10 +290,14 @@ class TitansLM(nn.Module):
             )
         if tokens.shape[0] == 0 or tokens.shape[1] == 0:
             raise ValueError(f"tokens are empty: expected B, T >= 1, got {tuple(tokens.shape)}")
+        if not is_traced([tokens]):
+            self.check_range("token", tokens)
+
+    def check_range(self, name: str, tokens: Tensor) -> None:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"token {low if low < 0 else high} is outside the vocabulary of "
+                f"{name} {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.config.vocab_size}"
             )
 
@@ -368,7 +375,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> TitansLM:
     try:
         config = build(TitansConfig, json.loads(metadata["config"]))
         tokenizer = json.loads(metadata.get("notes", "{}")).get("tokenizer")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its config does not fit this release ({error})") from None
     model = TitansLM(config)
     model.tokenizer = tokenizer

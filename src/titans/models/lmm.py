@@ -29,7 +29,7 @@ class LMMMixer(nn.Module):
         memory = self.memory.init_state(batch_size)
         prefix = self.persistent(batch_size)
         if prefix.shape[1]:
-            _, memory = self.memory(prefix, memory)
+            _, memory, _ = self.memory.run(prefix, memory)
         return LMMState(memory=memory)
 
     def forward(

@@ -64,7 +64,7 @@ class MACMixer(nn.Module):
         queries, tail = self.memory.recall_queries(x, state.tail)
         gate = self.memory.opening(x)
         qkv = self.attention.project(x)
-        prefix = self.attention.project(self.persistent(x.shape[0]))[1:]
+        prefix = self.attention.project(self.persistent(1))[1:]  # of every row
         # Split once: each slice's gradient would be a whole text of zeros.
         sizes = self.pieces(state.attention.offset, x.shape[1])
         gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
@@ -74,9 +74,10 @@ class MACMixer(nn.Module):
         for part, query, opening, own in parts:
             if state.attention.offset == 0:
                 state = replace(state, recalled=state.memory.rule.weights)
-            h = self.memory.recall(query, opening, state.recalled)  # eq. 21
-            first = (-state.attention.offset) % self.stride
-            y, attention = self.attention(own, h[:, first :: self.stride], prefix, state.attention)
+            owners = slice((-state.attention.offset) % self.stride, None, self.stride)
+            opening = None if opening is None else opening[:, owners]
+            h = self.memory.recall(query[:, owners], opening, state.recalled)  # eq. 21
+            y, attention = self.attention(own, h, prefix, state.attention)
             y = part + y
             m, memory, record = self.memory.run(y, state.memory, write)  # eq. 24
             state = replace(state, memory=memory, attention=attention)

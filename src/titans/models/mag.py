@@ -39,7 +39,7 @@ class MAGMixer(nn.Module):
         prefix = self.persistent(batch_size)
         memory = self.memory.init_state(batch_size)
         if prefix.shape[1]:
-            _, memory = self.memory(prefix, memory)
+            _, memory, _ = self.memory.run(prefix, memory)
         return MAGState(memory=memory, attention=self.attention.init_state(prefix))
 
     def forward(

@@ -40,7 +40,7 @@ class MALMixer(nn.Module):
         memory = self.memory.init_state(batch_size)
         y = prefix
         if prefix.shape[1]:
-            read, memory = self.memory(prefix, memory)
+            read, memory, _ = self.memory.run(prefix, memory)
             y = prefix + read
         return MALState(memory=memory, attention=self.attention.init_state(self.norm(y)))
 

@@ -19,7 +19,7 @@ from titans.ops.networks import OBJECTIVES, MemoryNetwork, Network, Objective
 from titans.ops.own import Optimizer, Retention, weights_of
 from titans.ops.reference import neural_memory_reference
 from titans.ops.rule import Gates, MemoryOutput, RecentTokens, RuleState
-from titans.ops.tokens import is_traced
+from titans.ops.tracing import is_traced
 from titans.ops.triton import check_available, neural_memory_triton
 
 Implementation = Literal["auto", "reference", "chunked", "exact", "compile", "native", "triton"]
@@ -168,7 +168,11 @@ def read_memory(
     anchor: Sequence[Float[Tensor, "h _ _"]] | None = None,
     retention: Retention | None = None,
 ) -> Float[Tensor, "b t h v"]:
-    """M*(q): read without writing, all queries from the same weights (paper v1, eq. 21)."""
+    """M*(q): read without writing, all queries from the same weights (paper v1, eq. 21).
+
+    ValueError for weights that are not the network's for queries of this batch, heads and size.
+    """
+    check_read(queries, weights, network)
     at = weights_of(weights, anchor, retention)
     q = queries.to(at[0].dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
@@ -336,6 +340,22 @@ def check_inputs(queries: Tensor, keys: Tensor, values: Tensor) -> None:
         raise ValueError("the sequence is empty: expected T >= 1 tokens")
     if keys.shape[3] == 0 or values.shape[3] == 0:
         raise ValueError("keys and values need at least one feature")
+
+
+def check_read(queries: Tensor, weights: Sequence[Tensor], network: Network) -> None:
+    if queries.ndim != 4 or not queries.is_floating_point():
+        raise ValueError(
+            f"queries must be floating point (B, T, H, D), got {queries.dtype} "
+            f"{tuple(queries.shape)}"
+        )
+    batch, _, heads, key_dim = queries.shape
+    got = [tuple(w.shape) for w in weights]
+    if not got or len(got[-1]) != 4:
+        raise ValueError(f"weights must be (B, H, in, out), one per layer, got shapes {got}")
+    wanted = [(batch, heads, *s) for s in network.shapes(key_dim, got[-1][3])]
+    if got != wanted:
+        raise ValueError(f"weights must have shapes {wanted} for these queries, got {got}")
+    check_alike("weights", weights, weights[0].dtype, queries.device)
 
 
 def check_state(

@@ -21,7 +21,7 @@ from titans.ops.fused import group_size, neural_memory_fused
 from titans.ops.networks import MemoryNetwork, Network, Objective
 from titans.ops.own import weights_of
 from titans.ops.rule import Gates, MemoryOutput, RuleState
-from titans.ops.tokens import is_transformed
+from titans.ops.tracing import is_transformed
 
 # (queries, keys, values, gates, weights, momentum, **settings) -> output, surprise, and both after.
 Scan = Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]]

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from titans.ops.tracing import is_transformed
+
 Activation = Literal["gelu", "silu"]
 BuiltInObjective = Literal["l2", "dot"]
 # Else the slope of a loss: (prediction, target), both (B, H, T, V), -> d loss / d prediction.
@@ -181,7 +183,14 @@ def differentiate(
                 )
             z = a @ weights[layer]
             inputs[layer] = a
-            outputs[layer] = z if z.requires_grad else z.requires_grad_()
+            if not z.requires_grad:
+                if is_transformed():
+                    raise ValueError(
+                        f"{type(network).__name__} inside a transform of torch.func: keys or "
+                        "weights must be what it differentiates; built-in networks need no autograd"
+                    )
+                z.requires_grad_()
+            outputs[layer] = z
             return z
 
         read = network.forward(apply_layer, keys)

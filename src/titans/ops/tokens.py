@@ -6,7 +6,6 @@ compute little and move much, each a pass over all queries, keys and values.
 
 import functools
 import logging
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from titans.ops.native import BuildError, compiled, emit_native, mix_native
 from titans.ops.native.tokens import MAX_PARTS, MAX_WIDTH
+from titans.ops.tracing import is_traced
 
 UNIT_EPS = 1e-6
 
@@ -68,8 +68,10 @@ def convolve(x: Tensor, tail: Tensor | None, weight: Tensor | None, bias: Tensor
     assert bias is not None
     padded = torch.cat([tail.to(x.dtype), x], 1)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if x.shape[1] == 1:  # decoding: one sum instead of setting up a convolution
-        return (padded * weight).sum(1, keepdim=True) + bias
+    if x.shape[1] == 1:  # decoding: one sum instead of setting up a convolution, as wide as there
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (padded.to(wide) * weight.to(wide)).sum(1, keepdim=True) + bias
+        return y.to(x.dtype)
     y = F.conv1d(padded.transpose(1, 2), weight.T[:, None], bias, groups=x.shape[2])
     return y.transpose(1, 2)
 
@@ -105,18 +107,6 @@ def runs_native(impl: str, tensors: list[Tensor]) -> bool:
     ):
         return False
     return is_built(dtype)
-
-
-def is_traced(tensors: Sequence[Tensor]) -> bool:
-    """Is a compiler or a transform of `torch.func` at work, or are these no plain tensors (fake,
-    distributed)? Then there are no numbers in memory to point at."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    return torch.compiler.is_compiling() or is_transformed() or not plain
-
-
-def is_transformed() -> bool:
-    """Is a transform of `torch.func` at work? Backward passes of our own are not for it."""
-    return torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
