@@ -109,6 +109,10 @@ def test_overrides_go_through_the_fields_types(tmp_path) -> None:
         ("memory = 3", {"memory.depth": "2"}, "memory must be a table, got 3"),
         ("", {"memory.detph": "2"}, "unknown key 'memory.detph'; did you mean 'memory.depth'"),
         ("", {"dim": "big"}, "dim must be int, got 'big'"),
+        ("", {"memory.x.y": "5"}, "unknown key 'memory.x.y': memory has no sections"),
+        ("x = " + "[" * 100_000, {}, "not a readable TOML file"),
+        ("", {"dim": "[" * 100_000}, "dim must be int, got"),
+        ("rope_base = 1" + "0" * 400, {}, "rope_base must be a finite number, got one too large"),
     ],
 )
 def test_bad_configs_are_one_clear_line(tmp_path, text, overrides, message) -> None:
@@ -116,6 +120,11 @@ def test_bad_configs_are_one_clear_line(tmp_path, text, overrides, message) -> N
         load_toml(write(tmp_path, text), TitansConfig, overrides)
     assert "\n" not in str(caught.value)
     assert "c.toml" in str(caught.value)
+
+
+def test_a_mark_of_the_byte_order_is_no_key(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text("dim = 64", encoding="utf-8-sig")
+    assert load_toml(tmp_path / "c.toml", TitansConfig).dim == 64
 
 
 def test_a_missing_config_is_one_clear_line(tmp_path) -> None:
@@ -130,6 +139,11 @@ def test_configs_made_in_python_are_held_to_their_types(changes, without_shape_c
     (name,) = changes
     with pytest.raises(ValueError, match=name):
         MemoryConfig(**changes)
+
+
+def test_a_table_is_no_config(without_shape_checks) -> None:
+    with pytest.raises(ValueError, match=r"memory must be a MemoryConfig, got \{'depth': 2\}"):
+        TitansConfig(memory={"depth": 2})
 
 
 def test_heads_need_divide_only_the_width_of_the_model() -> None:

@@ -139,6 +139,24 @@ def test_check_finite_names_the_tensor():
             replace(good, leaves=(good.leaves[0], leaf)).check_finite()
 
 
+def test_what_cannot_be_computed_with_is_refused(tmp_path, monkeypatch):
+    """Numbers of 8 bits, whether they are to be saved or come from a file; and no tensor at all."""
+    small = Leaf(
+        value=torch.zeros(2).to(torch.float8_e4m3fn), shared=torch.zeros(1), missing=None, count=0
+    )
+    with pytest.raises(ValueError, match=r"holds torch\.float8_e4m3fn in value"):
+        small.save(tmp_path / "small")
+    empty = Tree(leaves=(), numbers=(), name="")
+    empty.save(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty: holds no tensor"):
+        Tree.load(tmp_path / "empty")
+    with monkeypatch.context() as patch:
+        patch.setattr(Leaf, "check_finite", lambda self: None)
+        small.save(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small: the memory holds torch\.float8_e4m3fn in value"):
+        Leaf.load(tmp_path / "small")
+
+
 def test_save_and_load_bit_for_bit(saved):
     loaded = Tree.load(saved)
     assert bits(loaded) == bits(tree())

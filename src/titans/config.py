@@ -11,7 +11,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +37,7 @@ Variant = Literal[
     "rwkv7",
 ]
 VARIANTS = typing.get_args(Variant)
+HALF_LIFE_MOST = 1e30  # tokens; no single precision has much longer ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,10 @@ class MemoryConfig:
             raise ValueError("memory.learning_rate_init and momentum_init must lie in (0, 1)")
         if not 0 < self.half_life_min <= self.half_life_max:
             raise ValueError("memory half-lives must satisfy 0 < half_life_min <= half_life_max")
+        if self.half_life_max > HALF_LIFE_MOST:
+            raise ValueError(
+                f"memory.half_life_max must be at most {HALF_LIFE_MOST:g}, got {self.half_life_max}"
+            )
         if self.learning_rate_limit <= 0:
             raise ValueError("memory.learning_rate_max must be positive")
         if self.max_surprise is not None and self.max_surprise < 0:
@@ -306,6 +311,8 @@ class TitansConfig:
         )
         if self.persistent < 0 or self.ffn_hidden < 0:
             raise ValueError("persistent and ffn_hidden must not be negative")
+        if self.rope_base <= 0:
+            raise ValueError(f"rope_base must be positive, got {self.rope_base}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"dim ({self.dim}) must be an even multiple of heads ({self.heads}): "
@@ -387,10 +394,10 @@ def load_toml(path: str | Path, cls: type[C], overrides: dict[str, str] | None =
     overrides: dotted key -> text, as from the command line, e.g. {"train.steps": "100"}.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable TOML file ({error})") from None
     try:
         for key, text in (overrides or {}).items():
@@ -436,7 +443,10 @@ def check_type(where: str, value: Any, kind: Any) -> Any:
             raise ValueError(f"{where} must be a list, got {value!r}")
         return tuple(check_type(f"{where}[{i}]", v, arguments[0]) for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where} must be a finite number, got one too large") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -451,6 +461,10 @@ def set_dotted(content: dict[str, Any], cls: type, key: str, text: str) -> None:
         hints = typing.get_type_hints(cls)
         if name not in hints or not dataclasses.is_dataclass(hints[name]):
             tables = [n for n, h in hints.items() if dataclasses.is_dataclass(h)]
+            if not tables:
+                raise ValueError(
+                    f"unknown key {key!r}: {'.'.join(parents[:index])} has no sections"
+                )
             raise ValueError(unknown("section", ".".join(parents[: index + 1]), tables))
         cls = typing.cast(type, hints[name])
         content = content.setdefault(name, {})
@@ -469,7 +483,7 @@ def parse_text(kind: Any, text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
@@ -480,6 +494,25 @@ def to_dict(config: Any) -> dict[str, Any]:
         for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
         if value is not None
     }
+
+
+def differences(one: Any, other: Any) -> Iterator[str]:
+    """`key: a there and b here` for every field that differs, the nested ones by dotted keys."""
+    left, right = flatten(to_dict(one)), flatten(to_dict(other))
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            yield f"{key} is {left.get(key)!r} there and {right.get(key)!r} here"
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def to_toml(config: Any) -> str:
@@ -517,8 +550,11 @@ def check_fields(config: Any) -> None:
     """Every field has its type; a config made in Python is held to what TOML is, and 1 is 1.0
     where a float belongs: equal configs have one hash."""
     for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if not dataclasses.is_dataclass(kind):
-            object.__setattr__(config, name, check_type(name, getattr(config, name), kind))
+            object.__setattr__(config, name, check_type(name, value, kind))
+        elif isinstance(kind, type) and not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
 def require_positive(config: Any, *names: str) -> None:

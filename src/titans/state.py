@@ -79,9 +79,14 @@ class State:
         return state
 
     def check_finite(self) -> None:
-        """Raise ValueError naming the first tensor that holds a NaN or an infinity."""
+        """Raise ValueError naming the first tensor that holds a NaN or an infinity, or numbers of
+        so few bits that they cannot be computed with."""
         for name, tensor in self.tensors().items():
-            if not torch.isfinite(tensor).all():
+            try:
+                finite = bool(torch.isfinite(tensor).all())
+            except NotImplementedError:
+                raise ValueError(f"the memory holds {tensor.dtype} in {name}") from None
+            if not finite:
                 raise ValueError(f"the memory holds a non-finite number in {name}")
 
     def save(self, path: str | Path, notes: dict[str, str] | None = None) -> None:
@@ -111,10 +116,12 @@ class State:
         check_header(path, tensors, metadata, "memory", FORMAT_VERSION, "structure")
         try:
             state = _rebuild(json.loads(metadata["structure"]), "", tensors)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: damaged memory file ({error})") from None
         if not isinstance(state, cls):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected {cls.__name__}")
+        if not state.tensors():
+            raise ValueError(f"{path}: holds no tensor")
         try:
             state.check_finite()
         except ValueError as error:
@@ -200,7 +207,7 @@ def read_notes(path: str | Path) -> dict[str, str]:
         metadata = file.metadata() or {}
     try:
         return dict(json.loads(metadata.get("notes", "{}")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged file ({error})") from None
 
 

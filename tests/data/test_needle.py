@@ -370,7 +370,7 @@ def test_mistakes_are_named(folder, tmp_path):
         make(folder, "single-9")
     with pytest.raises(ValueError, match="'single-2' is hidden in prose"):
         NeedleTask("single-2", folder, None, BYTES, True)
-    with pytest.raises(ValueError, match="a row of 129 tokens is too short for a needle and a q"):
+    with pytest.raises(ValueError, match="a row of 128 tokens is too short for a needle and a q"):
         batches(folder, lengths=(128,))
     for name in ("nounlist.txt", "adjectivelist.txt"):
         (tmp_path / name).write_text("\n".join(w for w in "abcdef" if not is_held_out(w)))

@@ -2,12 +2,13 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from titans.data.documents import Document
+from titans.data.documents import Document, read_documents
 from titans.data.facts import STATEMENT_SIZE
 from titans.data.haystack import Ring
 from titans.data.shards import prepare
@@ -183,17 +184,49 @@ def test_needles_in_noise_need_no_prose(tiny, questions):
         open_data(tiny("needle", data={**data, **nothing}, tokens_per_batch=512))
 
 
+def test_a_prepared_folder_has_its_own_held_out_text(tiny, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"Day {number}: rain. " * 20)
+    prepare(read_documents(text), ByteTokenizer(), tmp_path / "prep", valid_fraction=0.3)
+    prepared = (str(tmp_path / "prep"),)
+    data = open_data(tiny(eval_every=1, data={"paths": prepared, "valid_paths": prepared}))
+    alone = open_data(tiny(eval_every=1, data={"paths": prepared, "valid_paths": ()}))
+    for got, wanted in zip(data.at(0)[1:], alone.at(0)[1:], strict=True):
+        assert torch.equal(got.batch(0).tokens, wanted.batch(0).tokens)
+
+
 def test_too_short_rows_are_named(tiny, questions):
     for task, message in (("needle", "for a needle and a question"), ("babi", "for a story and")):
         data = {**questions(task), "lengths": (64,)}
-        with pytest.raises(ValueError, match=f"a row of 65 tokens is too short {message}"):
+        with pytest.raises(ValueError, match=f"a row of 64 tokens is too short {message}"):
             open_data(tiny(task, data=data))
+
+
+def test_a_loss_beyond_single_precision_has_a_perplexity(tiny, monkeypatch):
+    monkeypatch.setattr(
+        evaluation,
+        "read_segment",
+        lambda model, batch, *rest: SimpleNamespace(
+            nll=torch.where(batch.labels == IGNORED, 0.0, 100.0), state=None
+        ),
+    )
+    config = tiny()
+    data, model = open_data(config), new_training(config, torch.device("cpu")).model
+    found = evaluate(model, data.at(0).valid, config, in_bytes=False)
+    assert found["valid_perplexity"] == pytest.approx(math.exp(100.0))
 
 
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
         ("text", {"data": {"valid_paths": ()}, "eval_every": 1}, "valid_paths is empty: name held"),
+        (
+            "text",
+            {"data": {"length": 9000}, "tokens_per_batch": 9000},
+            "segments is 3, and no document reaches the second",
+        ),
         ("text", {"model": {"vocab_size": 200}}, r"model.vocab_size \(200\) is too small .* 257"),
         ("facts", {"model": {"vocab_size": 200}}, "too small for the data's 256 tokens"),
         ("facts", {"data": {"lengths": (TOO_SHORT,)}}, f"a row of {TOO_SHORT} tokens is too short"),

@@ -138,11 +138,19 @@ def test_a_damaged_index_of_shards_is_one_line(run, content):
     assert "\n" not in str(error.value)
 
 
+def test_an_index_nested_too_deep_is_damaged(run):
+    config, folder, training = run
+    path = save_checkpoint(folder, training, keep=1)
+    (path / "training.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"training.json: damaged \(RecursionError"):
+        load_checkpoint(path, config, CPU)
+
+
 def test_another_version_and_another_model_are_refused(run, tiny):
     config, folder, training = run
     path = save_checkpoint(folder, training, keep=1)
     other = tiny(variant="mag", model={"persistent": 3})
-    with pytest.raises(ValueError, match=r"model.safetensors: holds a model of another config"):
+    with pytest.raises(ValueError, match=r"another config: \w+.* there and .* here"):
         load_checkpoint(path, other, CPU)
     plain = tiny(variant="mag")
     with pytest.raises(ValueError, match=r"optimizer.safetensors: does not fit the model \(muon"):
@@ -157,7 +165,10 @@ def test_a_folder_belongs_to_one_config(tiny, tmp_path):
     config = tiny()
     folder = tmp_path / "runs" / "one"
     assert open_run(folder, config, resume=False) is None
+    assert open_run(folder, tiny(steps=9), resume=True) is None  # nothing to go on from as yet
     assert open_run(folder, config, resume=True) is None
+    saved = save_checkpoint(folder, new_training(config, CPU), keep=1)
+    assert open_run(folder, config, resume=True) == saved
     with pytest.raises(ValueError, match="there is a run in it already; resume it or name another"):
         open_run(folder, config, resume=False)
     with pytest.raises(ValueError, match=r"another config: train\.steps is 8 there and 9 here"):

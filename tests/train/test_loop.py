@@ -12,6 +12,7 @@ import torch
 
 import titans
 from titans.config import load_toml, to_toml
+from titans.data.text import IGNORED
 from titans.data.tokenizers import ByteTokenizer, tokenizer_of
 from titans.models.lm import TitansLM
 from titans.train import loop
@@ -326,6 +327,25 @@ def test_few_strong_writes_may_cost_less_than_many_weak_ones(tiny):
     assert read == [half]  # the loop asks for it
 
 
+def test_what_pads_a_document_costs_nothing(tiny):
+    config = tiny()
+    batch = open_data(config).at(0).train.batch(0)
+    model = new_training(config, torch.device("cpu")).model
+    with torch.no_grad():
+        whole = read_segment(model, batch, None, "float32")
+        labels = batch.labels.clone()
+        labels[:, 10:] = IGNORED
+        half = read_segment(model, batch._replace(labels=labels), None, "float32")
+        records = [r for r in model.run(batch.tokens).records if r is not None]
+        none = torch.full_like(labels, IGNORED)
+        padding = read_segment(model, batch._replace(labels=none), None, "float32")
+    wanted = [r.learning_rate[:, :10].sum() / r.learning_rate.numel() for r in records]
+    assert half.open.item() == pytest.approx((sum(wanted) / len(wanted)).item(), rel=1e-5)
+    assert half.open < whole.open
+    assert half.charged < whole.charged
+    assert padding.open == padding.charged == 0.0
+
+
 def test_forgetting_costs_as_writing_does(tiny, tmp_path):
     """Gates that shut do not keep a memory whose decay, not tied to them, goes on."""
     decay = {}
@@ -447,6 +467,17 @@ def test_a_folder_with_a_run_needs_resume(tiny, tmp_path):
         train(tiny(steps=2), tmp_path, resume=False, progress=False)
     with pytest.raises(ValueError, match=r"train\.steps is 2 there and 3 here"):
         train(tiny(steps=3), tmp_path, progress=False)
+
+
+def test_a_run_that_failed_at_once_may_have_another_config(tiny, tmp_path):
+    """There is nothing in its folder to go on from."""
+    data = {"paths": (), "valid_paths": ()}
+    with pytest.raises(NonFiniteError):
+        train(tiny(data=data, optimizer={"learning_rate": 1e30}), tmp_path, progress=False)
+    config = tiny(data=data, steps=2)
+    assert train(config, tmp_path, progress=False).finished
+    assert load_toml(tmp_path / "config.toml", RunConfig) == config
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):

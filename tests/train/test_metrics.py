@@ -1,11 +1,13 @@
 """What a run reports."""
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from titans.train.loop import train
-from titans.train.metrics import MetricsFile, read_metrics, training_seconds
+from titans.train.metrics import MetricsFile, WandbLogger, read_metrics, training_seconds
 
 
 def test_rows_after_the_step_and_a_cut_line_are_dropped(tmp_path):
@@ -38,6 +40,18 @@ def test_a_missing_logger_names_the_extra(tiny, tmp_path, monkeypatch):
         with pytest.raises(ImportError, match=r"pip install -e '.\[log\]'"):
             train(tiny(log=(name,)), tmp_path / name, progress=False)
         assert not (tmp_path / name).exists()
+
+
+def test_wandb_goes_on_in_the_run_of_the_folder(tiny, tmp_path, monkeypatch):
+    """Whatever of the config has changed; and no other folder of that name has the same."""
+    begun = []
+    fake = SimpleNamespace(init=lambda **given: begun.append(given["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder, every in (("a/run", 4), ("a/run", 5), ("b/run", 4)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        WandbLogger(tmp_path / folder, tiny(checkpoint_every=every))
+    assert begun[0] == begun[1] != begun[2]
+    assert all(name.startswith("run-") for name in begun)
 
 
 def test_tensorboard_gets_every_step(tiny, tmp_path):

@@ -1,8 +1,10 @@
 """The TOML of a run: read back as written, and every mistake in it named."""
 
+from dataclasses import replace
+
 import pytest
 
-from titans.config import TitansConfig, load_toml, to_toml
+from titans.config import MemoryConfig, TitansConfig, load_toml, to_toml
 from titans.data.documents import expand_paths
 from titans.train.config import (
     BabiRows,
@@ -131,6 +133,10 @@ def test_questions_have_a_section_of_their_own(tmp_path):
         (TrainConfig, {"seed": -1}, "train.seed must not be negative, got -1"),
         (TrainConfig, {"write_cost": -0.1}, "train.write_cost must not be negative"),
         (TrainConfig, {"write_half": -0.1}, "train.write_half must not be negative"),
+        (TrainConfig, {"threads": 2000}, "train.threads must be at most 1024, got 2000"),
+        (OptimizerConfig, {"muon_learning_rate": 0.1}, "muon_learning_rate is for optimizer.name"),
+        (TitansConfig, {"rope_base": 0.0}, "rope_base must be positive, got 0.0"),
+        (MemoryConfig, {"half_life_max": 1e300}, r"half_life_max must be at most 1e\+30, got 1e"),
     ],
 )
 def test_other_mistakes_are_named(kind, values, message):
@@ -203,6 +209,17 @@ def test_the_first_difference_is_named():
     assert first_difference(one, one) is None
     difference = first_difference(one, other)
     assert difference == "optimizer.muon_learning_rate is None there and 0.1 here"
+
+
+def test_what_may_change_is_no_difference() -> None:
+    """And is not mixed with the rest: nobody asked for 2 processes and 3 heads."""
+    one = RunConfig(
+        model=TitansConfig(dim=12, heads=2), distributed=DistributedConfig(tensor=2, sequence=1)
+    )
+    other = RunConfig(model=TitansConfig(dim=12, heads=3), train=TrainConfig(threads=2))
+    assert first_difference(one, other) == "model.heads is 2 there and 3 here"
+    same = replace(one, distributed=DistributedConfig(), train=TrainConfig(checkpoint_every=7))
+    assert first_difference(one, same) is None
 
 
 def test_every_stage_may_have_its_own_write_cost() -> None:

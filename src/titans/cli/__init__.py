@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if type(error).__module__.split(".")[0] in ("titans", "torch"):  # with a message of its own
             fail(" ".join(str(error).split()))
-        if "allocate" in str(error):
+        if "allocate" in str(error) or "Storage size" in str(error):
             fail(f"out of memory ({str(error).splitlines()[0]})")
         raise
     except KeyboardInterrupt:

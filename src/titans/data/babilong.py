@@ -38,7 +38,10 @@ from titans.data.tokenizers import Tokenizer, encode
 
 OPEN, CLOSE = "<context>\n", "\n</context>\n\n"
 AGAIN = f"\n\n{OPEN}"  # after an answer
-ATTEMPTS = 100  # at a question that fits a row
+ATTEMPTS = 1000  # at a question that fits a row
+# Of so many drawn so many have to fit: that none of ATTEMPTS does, in the midst of a training, is
+# then not to be expected.
+TRIED, FITTING = 300, 10
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 RELATIONS = (
     r"The (?P<one>\w+) is (?P<way>\w+) of the (?P<other>\w+)\.",
@@ -333,7 +336,7 @@ class BabiBatches:
         self.tasks, self.lengths, self.tokens_per_batch = tasks, tuple(lengths), tokens_per_batch
         self.dense, self.text_weight, self.seed = dense, text_weight, seed
         for task in tasks:
-            self.row(task, min(lengths) + 1, np.random.default_rng(0))
+            self.check_room(task, min(lengths))
 
     def batch(self, step: int) -> Batch:
         generator = np.random.default_rng((self.seed, step))
@@ -353,4 +356,17 @@ class BabiBatches:
                 tokens, kinds = row_of(form(question, length, generator))
                 if len(tokens) == length:
                     return tokens, kinds
-        raise ValueError(f"a row of {length} tokens is too short for a story and a question")
+        raise ValueError(f"a row of {length - 1} tokens is too short for a story and a question")
+
+    def check_room(self, task: BabiTask, length: int) -> None:
+        generator, fitting = np.random.default_rng(0), 0
+        for _ in range(TRIED):
+            question = task.questions[int(generator.integers(len(task.questions)))]
+            tokens, _ = row_of(task.row(question, length + 1, generator))
+            fitting += len(tokens) == length + 1
+            if fitting == FITTING:
+                return
+        raise ValueError(
+            f"a row of {length} tokens is too short for a story and a question: {fitting} of "
+            f"{TRIED} fit, expected {FITTING} or more"
+        )

@@ -229,7 +229,9 @@ class NeedleTask:
             placed += [*zip(depths, quest.hidden, strict=True)]
             placed.append((depths[-1] + (1.0 - depths[-1]) * generator.random(), asked))
         if not placed:
-            raise ValueError(f"a row of {length} tokens is too short for a needle and a question")
+            raise ValueError(
+                f"a row of {length - 1} tokens is too short for a needle and a question"
+            )
         return list(self.woven(room, [*strays, *placed], taken, generator)())
 
     def woven(

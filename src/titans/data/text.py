@@ -57,6 +57,11 @@ class TextWindows:
         if not len(self._ends) or not self._ends[-1]:
             raise ValueError("expected a document of two tokens or more, got none")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self._lengths.max())
+
     def batch(self, step: int) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
         """The tokens and labels of one step, each `(batch_size, segments * length)`.
 

@@ -231,9 +231,16 @@ def open_text(config: RunConfig) -> Data:
         valid = open_held_out(valid_paths, tokenizer)
     elif not paths:
         valid = with_ends(python_text(held_out=True))
+    batches = TextBatches(documents, data, train.tokens_per_batch, train.seed)
+    longest = batches.windows.longest
+    if data.segments > 1 and longest <= data.length + 1:  # the others were steps on padding alone
+        raise ValueError(
+            f"data.segments is {data.segments}, and no document reaches the second: the longest "
+            f"has {longest} tokens, data.length is {data.length}"
+        )
     split = Split(
         0,
-        TextBatches(documents, data, train.tokens_per_batch, train.seed),
+        batches,
         None
         if valid is None
         else TextBatches(valid, data, train.tokens_per_batch, EVALUATION_SEED),
@@ -269,6 +276,8 @@ def check_alone(paths: list[Path]) -> None:
 
 def open_held_out(paths: list[Path], tokenizer: Tokenizer) -> Documents:
     check_alone(paths)
+    if len(paths) == 1 and (paths[0] / "valid" / "index.json").is_file():
+        paths = [paths[0] / "valid"]
     if len(paths) != 1 or not (paths[0] / "index.json").is_file():
         return from_files(paths, tokenizer)
     shards = Shards.open(paths[0])

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from titans.config import load_toml, to_toml
+from titans.config import differences, load_toml, to_toml
 from titans.data.facts import Batch
 from titans.models.lm import TitansLM
 from titans.models.lm import load as load_model
@@ -88,6 +88,9 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
         raise ValueError(f"{folder}: is not empty and not the folder of a run (no {CONFIG})")
     if not resume:
         raise ValueError(f"{folder}: there is a run in it already; resume it or name another")
+    if not checkpoints(folder):  # it failed or was killed before there was anything to go on from
+        write_text(folder / CONFIG, to_toml(config))
+        return None
     before = load_toml(folder / CONFIG, RunConfig)
     difference = first_difference(before, config)
     if difference is not None:
@@ -213,7 +216,8 @@ def load_checkpoint(folder: Path, config: RunConfig, device: torch.device) -> Tr
     index = read_index(folder / INDEX)
     model = load_model(folder / MODEL, device)
     if model.config != config.model:
-        raise ValueError(f"{folder / MODEL}: holds a model of another config")
+        difference = next(differences(model.config, config.model))
+        raise ValueError(f"{folder / MODEL}: holds a model of another config: {difference}")
     training = Training(
         model=model.train(),
         optimizers=build_optimizers(model, config.optimizer),
@@ -267,7 +271,7 @@ def read_index(path: Path) -> dict[str, int]:
         versions = (FORMAT_VERSION, SHARDED_VERSION)
         known = index["format"] == FORMAT and index["version"] in versions
         numbers = {key: int(index[key]) for key in ("version", "step", "memories")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     if not known:
         raise ValueError(

@@ -1,13 +1,14 @@
 """What a training run is: its model, its data, its schedule. One TOML file, one `RunConfig`."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from titans.config import TitansConfig, check_fields, require_positive, to_dict
+from titans.config import TitansConfig, check_fields, differences, require_positive
 from titans.data.haystack import STRAY_MOST
 from titans.data.needle import check_kind
 from titans.models.heads import check_parts
+
+THREADS_MOST = 1024
 
 
 class Stage(NamedTuple):
@@ -185,9 +186,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled; on the matrices of the blocks alone, gates excepted."""
     warmup: int = 100
-    """Steps until the rate is at its highest."""
+    """Steps until the rate is at its highest, where a run has more."""
     min_ratio: float = 0.1
-    """Rate at the last step over the highest."""
+    """Rate at the last step over the highest, of runs that are longer than the warmup."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -196,6 +197,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer: expected learning rates above 0, got {min(rates)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two of [0, 1), got {list(self.betas)}")
+        if self.muon_learning_rate is not None and self.name != "muon":
+            raise ValueError("optimizer.muon_learning_rate is for optimizer.name = 'muon'")
         if self.weight_decay < 0 or self.warmup < 0:
             raise ValueError("optimizer.weight_decay and warmup must not be negative")
         if not 0 <= self.min_ratio <= 1:
@@ -262,6 +265,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        if self.threads > THREADS_MOST:
+            raise ValueError(f"train.threads must be at most {THREADS_MOST}, got {self.threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,26 +374,6 @@ def first_difference(one: RunConfig, other: RunConfig) -> str | None:
 
     `distributed` and `MANNERS` of [train] do not count.
     """
-    manners = {name: getattr(one.train, name) for name in MANNERS}
-    other = dataclasses.replace(
-        other,
-        distributed=one.distributed,
-        train=dataclasses.replace(other.train, **manners),
-    )
-    left, right = flatten(to_dict(one)), flatten(to_dict(other))
-    for key in sorted(left.keys() | right.keys()):
-        if left.get(key) != right.get(key):
-            return f"{key} is {left.get(key)!r} there and {right.get(key)!r} here"
-    assert dataclasses.asdict(one) == dataclasses.asdict(other)
-    return None
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    free = {f"train.{name}" for name in MANNERS}
+    differing = (d for d in differences(one, other) if not d.startswith("distributed."))
+    return next((d for d in differing if d.split()[0] not in free), None)

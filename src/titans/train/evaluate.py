@@ -53,7 +53,7 @@ def evaluate(
     loss /= max(count, 1)
     if in_bytes:
         return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2.0)}
-    return {"valid_loss": loss, "valid_perplexity": torch.tensor(loss).exp().item()}
+    return {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700.0))}
 
 
 def recall(hits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What a run reports: `metrics.jsonl`, the loggers asked for besides, and a progress bar."""
 
-import hashlib
 import importlib.util
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from titans.config import to_dict, to_toml
+from titans.config import to_dict
 from titans.train.checkpoint import write_text
 from titans.train.config import RunConfig
 
@@ -109,12 +109,13 @@ class WandbLogger:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         import wandb
 
-        name = folder.resolve().name
-        digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:8]
+        name, kept = folder.resolve().name, folder / "wandb-id"
+        if not kept.exists():
+            kept.write_text(f"{name}-{secrets.token_hex(4)}\n", encoding="utf-8")
         self._run: Any = wandb.init(
             project="titans",
             name=name,
-            id=f"{name}-{digest}",
+            id=kept.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(folder),
             config=to_dict(config),

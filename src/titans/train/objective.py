@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from titans.data.facts import Batch
+from titans.data.text import IGNORED
 from titans.models.lm import TitansLM
 from titans.state import ModelState
 
@@ -45,8 +46,10 @@ def read_segment(
         read = model.losses(batch.tokens, batch.labels, memory)
     records = [record for record in read.records if record is not None]
     none = read.nll.new_zeros(())
-    rates = [record.learning_rate for record in records]
-    decays = [none if record.decay is None else record.decay for record in records]
+    # What pads a document is read as well; what it opens is not charged for.
+    counted = (batch.labels != IGNORED).to(read.nll.dtype)[..., None]
+    rates = [counted * record.learning_rate for record in records]
+    decays = [none if record.decay is None else counted * record.decay for record in records]
 
     def mean(gates: list[Tensor]) -> Tensor:
         return torch.stack([gate.mean() for gate in gates]).mean() if gates else none
