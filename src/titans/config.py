@@ -462,9 +462,8 @@ def set_dotted(content: dict[str, Any], cls: type, key: str, text: str) -> None:
         if name not in hints or not dataclasses.is_dataclass(hints[name]):
             tables = [n for n, h in hints.items() if dataclasses.is_dataclass(h)]
             if not tables:
-                raise ValueError(
-                    f"unknown key {key!r}: {'.'.join(parents[:index])} has no sections"
-                )
+                above = ".".join(parents[:index]) or cls.__name__
+                raise ValueError(f"unknown key {key!r}: {above} has no sections")
             raise ValueError(unknown("section", ".".join(parents[: index + 1]), tables))
         cls = typing.cast(type, hints[name])
         content = content.setdefault(name, {})
@@ -496,12 +495,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def differences(one: Any, other: Any) -> Iterator[str]:
-    """`key: a there and b here` for every field that differs, the nested ones by dotted keys."""
+def differences(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values of every field that differs."""
     left, right = flatten(to_dict(one)), flatten(to_dict(other))
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key):
-            yield f"{key} is {left.get(key)!r} there and {right.get(key)!r} here"
+            yield key, left.get(key), right.get(key)
+
+
+def compared(key: str, there: Any, here: Any) -> str:
+    """One of `differences`, in words."""
+    return f"{key} is {there!r} there and {here!r} here"
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -315,17 +315,17 @@ def test_batches_are_a_function_of_seed_and_step(task):
 
 
 def test_rows_that_few_stories_fit_are_found(folder):
-    """Five of 200 questions: one draw in 40 fits, and a training must not end for want of more."""
+    """One draw in 20 fits, and a training must not end for want of more."""
     there = babilong.Line("Mary went to the garden.", None)
-    many = tuple(babilong.Line("John went to the kitchen.", None) for _ in range(60))
+    many = tuple(babilong.Line("John went to the kitchen.", None) for _ in range(14))
     short = babilong.Question((there,), "Where is Mary?", "garden")
     long = babilong.Question((*many, there), "Where is Mary?", "garden")
     haystack = prose([folder / "book.md"], BYTES, True)
-    few = batches(BabiTask([short] * 5 + [long] * 195, haystack, BYTES), (400,))
-    for step in range(20):
+    few = batches(BabiTask([short] + [long] * 19, haystack, BYTES), (300,), dense=0.0)
+    for step in range(3):
         assert few.batch(step).answers.any(1).all()
-    with pytest.raises(ValueError, match=r"400 tokens is too short .*: 0 of 300 fit, expected 10"):
-        batches(BabiTask([long] * 200, haystack, BYTES), (400,))
+    with pytest.raises(ValueError, match=r"300 tokens is too short .*: 0 of 300 fit, expected 10"):
+        batches(BabiTask([long], haystack, BYTES), (300,))
 
 
 def test_the_real_files():

@@ -14,7 +14,13 @@ from launch import launch
 from titans.config import MemoryConfig, TitansConfig
 from titans.models import lm
 from titans.train.batches import open_data
-from titans.train.checkpoint import Training, latest, missing_file, optimizer_tensors
+from titans.train.checkpoint import (
+    Training,
+    last_batch,
+    latest,
+    missing_file,
+    optimizer_tensors,
+)
 from titans.train.config import (
     DataConfig,
     DistributedConfig,
@@ -218,6 +224,9 @@ def test_runs_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     launch(go_on, 2, tmp_path / "two", str(tmp_path), *ON_TWO)
     for name in ON_TWO:
         assert losses(tmp_path / name) == pytest.approx(one, rel=rounding(name)), name
+        batches = {last_batch(latest(tmp_path / run)) for run in (name, "one")}
+        assert len(batches) == 1
+        assert "" not in batches
         copy = tmp_path / f"one_from-{name}"
         back_to_step_4(tmp_path / name, copy)
         result = train(make(tmp_path, {}), copy, progress=False)

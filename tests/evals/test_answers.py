@@ -69,6 +69,22 @@ def test_a_stopped_reading_goes_on(tmp_path, variant):
     assert sizes == []
 
 
+def test_an_interruption_after_the_last_piece_is_no_trap(tmp_path, monkeypatch):
+    side_by_side = answers.side_by_side
+
+    def interrupted(samples):
+        yield from side_by_side(samples)
+        raise KeyboardInterrupt
+
+    kept = answers.Kept(tmp_path, tiny(), prompts(), 5, "257 True")
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "side_by_side", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answers.read_and_say(tiny(), prompts(), 5, 257, True, kept)
+    wanted = answer(tiny(), prompts(), 5, 257)
+    assert (answer(tiny(), prompts(), 5, 257, keep=tmp_path) == wanted).all()
+
+
 def test_nothing_is_taken_for_another(tmp_path):
     seen = set()
     for model, samples, count, vocabulary, write in (

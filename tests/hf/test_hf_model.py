@@ -105,6 +105,9 @@ def test_padding_counts_in_no_loss() -> None:
     counts = torch.tensor([6.0, 10.0])
     wanted = (torch.stack(losses) * counts).sum() / counts.sum()
     assert_close(model(tokens, attention_mask=mask, labels=labels).loss, wanted, tolerance=1e-6)
+    right, read = (torch.cat([x[:1, 4:], x[:1, :4]], 1) for x in (tokens, mask))
+    padded = model(right, attention_mask=read, labels=right).loss  # its padding has labels
+    assert_close(padded, losses[0], tolerance=1e-6)
     assert (labels[0, 4] == tokens[0, 4]).item()  # the caller's are not changed
 
 

@@ -18,11 +18,12 @@ DIM, HEADS, BASE = 12, 2, 100.0
 
 @pytest.fixture(autouse=True, scope="module", params=["scores", "fused"])
 def form(request):
-    """What short blocks take, and what long ones do (and all of them on a GPU)."""
+    """What short blocks take, and what long ones do that nothing differentiates."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "fused":
             patch.setattr("titans.layers.attention.FUSED_FROM", 0)
-        yield
+        with torch.set_grad_enabled(request.param == "scores"):
+            yield
 
 
 def made(cls, *settings):
@@ -127,6 +128,20 @@ def test_window_any_split_is_one_pass(window, length, prefix, data):
     assert_same(now.tensors(), state.tensors(), 1e-12)
 
 
+@torch.enable_grad()
+def test_long_windows_have_second_derivatives(monkeypatch):
+    """The fused kernels have none, and gradients of gradients are what outer loops need."""
+    monkeypatch.setattr("titans.layers.attention.FUSED_FROM", 0)
+    attention = made(SlidingWindowAttention, 4)
+    x = tokens(9).requires_grad_()
+    state = attention.init_state(tokens(2, seed=2))
+    (slope,) = torch.autograd.grad(attention(x, state)[0].square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.square().sum(), x)
+    assert second.abs().sum() > 0
+    along = torch.func.jvp(lambda x: attention(x, state)[0], (x,), (torch.ones_like(x),))[1]
+    assert along.isfinite().all()
+
+
 def test_window_size_does_not_grow_and_the_past_is_not_modified():
     attention = made(SlidingWindowAttention, 4)
     state = attention.init_state(tokens(1, 2))
@@ -136,6 +151,7 @@ def test_window_size_does_not_grow_and_the_past_is_not_modified():
     assert_same(state.tensors(), kept.tensors(), 0.0)
 
 
+@torch.enable_grad()
 def test_what_left_the_window_has_no_influence():
     attention = made(SlidingWindowAttention, 4)
     x = tokens(9).requires_grad_()

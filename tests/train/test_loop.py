@@ -469,15 +469,34 @@ def test_a_folder_with_a_run_needs_resume(tiny, tmp_path):
         train(tiny(steps=3), tmp_path, progress=False)
 
 
-def test_a_run_that_failed_at_once_may_have_another_config(tiny, tmp_path):
-    """There is nothing in its folder to go on from."""
+def test_a_run_that_failed_at_once_may_have_another_config(tiny, tmp_path, monkeypatch):
+    """There is nothing in its folder to lose."""
+
+    def fail(*_):
+        raise NonFiniteError("step 1")
+
     data = {"paths": (), "valid_paths": ()}
-    with pytest.raises(NonFiniteError):
-        train(tiny(data=data, optimizer={"learning_rate": 1e30}), tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check_segment", fail)
+        with pytest.raises(NonFiniteError):
+            train(tiny(data=data), tmp_path, progress=False)
     config = tiny(data=data, steps=2)
     assert train(config, tmp_path, progress=False).finished
     assert load_toml(tmp_path / "config.toml", RunConfig) == config
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_only_looks_like_a_run_is_left_alone(tiny, tmp_path):
+    (tmp_path / "site").mkdir()
+    mine = tmp_path / "site" / "config.toml"
+    mine.write_text('title = "blog"')
+    with pytest.raises(ValueError, match="unknown key 'title'"):
+        train(tiny(), tmp_path / "site", progress=False)
+    assert mine.read_text() == 'title = "blog"'
+    kill_after(2, tiny(checkpoint_every=0), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.steps is 8 there and 9 here"):
+        train(tiny(checkpoint_every=0, steps=9), tmp_path / "run", progress=False)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2
 
 
 def test_a_run_does_not_go_on_with_other_data(tiny, tmp_path):

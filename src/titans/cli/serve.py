@@ -51,7 +51,8 @@ LIMITS = {
     "max_tokens": "of one answer",
     "choices": "answers of one completion request",
     "busy_s": "seconds to wait for a session that is being changed",
-    "stall_s": "seconds without a byte until a client is given up",
+    "stall_s": "seconds without a byte of a body, or one taken of an answer, until a client is "
+    "given up",
     "batch": "sessions computed together",
 }
 

@@ -237,10 +237,13 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "tok
     return np.append(ids, ids.dtype.type(tokenizer.end_of_document))
 
 
-def check_cuts(tokenizer: Tokenizer) -> None:
-    """ValueError for one that gives a text other tokens when it is cut where texts are cut that
-    come in pieces: one that puts a space before the first word, say."""
-    for first, second in (("a", " b"), ("a\n", "b")):
+AT_LINES, AT_SPACES = ("a\n", "b"), ("a", " b")  # where texts are cut that come in pieces
+
+
+def check_cuts(tokenizer: Tokenizer, cuts: Iterable[tuple[str, str]]) -> None:
+    """ValueError for one that gives a text other tokens where it is cut so: one that puts a space
+    before the first word, say."""
+    for first, second in cuts:
         whole = tokenizer.encode(first + second)
         if whole != [*tokenizer.encode(first), *tokenizer.encode(second)]:
             raise ValueError(
@@ -258,7 +261,7 @@ def encode_blocks(
     stands between two visible characters, where no usual pre-tokenizer has a word, and the rest
     waits for the next block. Raises ValueError for a tokenizer that cannot be cut there.
     """
-    rest = ""
+    rest, checked = "", False
     for text, last in blocks:
         if isinstance(tokenizer, ByteTokenizer):
             yield tokenizer.encode_array(text)
@@ -269,8 +272,9 @@ def encode_blocks(
             lines = _WHOLE_LINES.match(text, searched)
             cut = lines.end() if lines else 0
             text, rest = text[:cut], text[cut:]
-            if cut:
-                check_cuts(tokenizer)
+            if cut and not checked:
+                check_cuts(tokenizer, (AT_LINES,))
+                checked = True
         if text:
             yield np.array(tokenizer.encode(text), dtype=np.int64)
 

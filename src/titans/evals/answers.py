@@ -123,7 +123,7 @@ def read_and_say(
                 kept.save(state)
             logits, state = prefill(model, piece.to(device), state, write)
     except KeyboardInterrupt:
-        if kept is not None and state is not None:
+        if kept is not None and state is not None and state.position < samples[0].length:
             kept.save(state)
         raise
     if logits is None or state is None:

@@ -170,8 +170,9 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
             chosen = tuple(h if i in wanted else None for i, h in enumerate(depths))
         loss = None
         if labels is not None:
-            if mask is not None:  # what follows a token that was not read is predicted by nothing
-                labels = labels.clone()
+            if mask is not None:
+                # What is not read is no text, and what follows it is predicted by nothing.
+                labels = labels.masked_fill(~mask, -100)
                 labels[:, 1:].masked_fill_(~mask[:, :-1], -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options

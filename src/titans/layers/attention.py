@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from titans.distributed import Peers
+from titans.ops.tracing import is_transformed
 from titans.state import State
 
-FUSED_FROM = 256  # queries of a block; shorter ones take as long in training, and longer to decode
+FUSED_FROM = 256  # queries of a block; shorter ones take as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +248,12 @@ def fused_attention(
     size: int,
 ) -> Float[Tensor, "*b h t d"]:
     """softmax(q k^T / sqrt(size)) v, in the form that PyTorch has fused kernels for (one batch
-    dimension, values as wide as keys); on a CPU only where they gain over forming the scores."""
+    dimension, values as wide as keys). On a CPU that is for long blocks that nothing
+    differentiates: training gains little, and those kernels have no second derivative."""
     batch, width = q.shape[:-3], v.shape[-1]
-    if q.device.type == "cpu" and q.shape[-2] < FUSED_FROM:
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    plain = q.shape[-2] < FUSED_FROM or differentiated or is_transformed()
+    if q.device.type == "cpu" and plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)
     if len(batch) > 1:
         mask = mask.expand(*batch, *mask.shape[-3:])

@@ -11,6 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from titans.data.tokenizers import (
+    AT_LINES,
+    AT_SPACES,
     ByteTokenizer,
     Tokenizer,
     check_cuts,
@@ -39,7 +41,7 @@ def create_app(settings: ServeSettings, extra_routes: Sequence[BaseRoute] = ()) 
     Raises ValueError for a model, tokenizer or folder that cannot be used.
     """
     tokenizer = load_tokenizer(settings.tokenizer)
-    check_cuts(tokenizer)
+    check_cuts(tokenizer, (AT_LINES, AT_SPACES))
     paths = settings.models or {"demo": asset("demo.safetensors")}
     models = {name: load(path) for name, path in paths.items()}
     attention_path = settings.attention

@@ -173,6 +173,6 @@ def refuse_unknown(fields: Fields) -> None:
 
 ROUTES = [
     Route("/v1/models", models, methods=["GET"]),
-    Route("/v1/models/{id}", show_model, methods=["GET"]),
+    Route("/v1/models/{id:path}", show_model, methods=["GET"]),
     Route("/v1/completions", complete, methods=["POST"]),
 ]

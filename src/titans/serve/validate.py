@@ -20,8 +20,6 @@ def load_memory(path: Path) -> tuple[ModelState, dict[str, str]]:
     is only ours."""
     try:
         return ModelState.load(path), read_notes(path)
-    except RecursionError:
-        raise ValueError("not a memory file: its structure is nested too deeply") from None
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{path}: ")) from None
 

@@ -6,7 +6,8 @@
         model.safetensors      for `titans.load`
         optimizer.safetensors  moments, as `optimizer/parameter/name`
         memory-0.safetensors   what part 0 of the batch remembers, in the middle of a document
-        training.json          step, number of memories; the last file to be written
+        training.json          step, number of memories, identity of the last batch; the last file
+                               to be written
 
 Where several processes train together, `titans.train.sharded` writes other files beside
 `model.safetensors` and `training.json`.
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from titans.config import differences, load_toml, to_toml
+from titans.config import compared, differences, load_toml, to_toml
 from titans.data.facts import Batch
 from titans.models.lm import TitansLM
 from titans.models.lm import load as load_model
@@ -54,6 +55,7 @@ CONFIG, MODEL, OPTIMIZER, INDEX = (
     "training.json",
 )
 SHARDS = "shards"
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -78,7 +80,8 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
     """Make the folder of a new run, or find the checkpoint to go on from; None to begin.
 
     Raises ValueError: the folder holds something else, or a run although `resume` is False, or
-    one with another config (named is the first key that differs). What may differ is noted.
+    one with another config (named is the first key that differs) that has come beyond its first
+    step. What may differ is noted.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*"))):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,12 +91,11 @@ def open_run(folder: Path, config: RunConfig, resume: bool) -> Path | None:
         raise ValueError(f"{folder}: is not empty and not the folder of a run (no {CONFIG})")
     if not resume:
         raise ValueError(f"{folder}: there is a run in it already; resume it or name another")
-    if not checkpoints(folder):  # it failed or was killed before there was anything to go on from
-        write_text(folder / CONFIG, to_toml(config))
-        return None
     before = load_toml(folder / CONFIG, RunConfig)
     difference = first_difference(before, config)
-    if difference is not None:
+    metrics = folder / METRICS
+    begun = bool(checkpoints(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
+    if difference is not None and begun:
         raise ValueError(
             f"{folder}: this run has another config: {difference}; go on with its own, or give "
             "the new run another folder"
@@ -216,7 +218,7 @@ def load_checkpoint(folder: Path, config: RunConfig, device: torch.device) -> Tr
     index = read_index(folder / INDEX)
     model = load_model(folder / MODEL, device)
     if model.config != config.model:
-        difference = next(differences(model.config, config.model))
+        difference = compared(*next(differences(model.config, config.model)))
         raise ValueError(f"{folder / MODEL}: holds a model of another config: {difference}")
     training = Training(
         model=model.train(),

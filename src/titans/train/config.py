@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from titans.config import TitansConfig, check_fields, differences, require_positive
+from titans.config import TitansConfig, check_fields, compared, differences, require_positive
 from titans.data.haystack import STRAY_MOST
 from titans.data.needle import check_kind
 from titans.models.heads import check_parts
@@ -370,10 +370,12 @@ MANNERS = (
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:
-    """`key: a in one, b in the other` for the first field that differs, None if they are equal.
+    """The first field that differs and how, in words; None if there is none.
 
     `distributed` and `MANNERS` of [train] do not count.
     """
     free = {f"train.{name}" for name in MANNERS}
-    differing = (d for d in differences(one, other) if not d.startswith("distributed."))
-    return next((d for d in differing if d.split()[0] not in free), None)
+    for key, there, here in differences(one, other):
+        if key not in free and not key.startswith("distributed."):
+            return compared(key, there, here)
+    return None

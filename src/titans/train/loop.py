@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from titans.config import differences
+from titans.config import compared, differences
 from titans.data.documents import expand_paths
 from titans.data.facts import Batch
 from titans.data.tokenizers import check_tokenizer, tokenizer_identity
@@ -183,7 +183,7 @@ def new_training(config: RunConfig, device: torch.device, begun: bool = False) -
         (path,) = expand_paths((config.train.initial_model,))
         given = load(path)
         if given.config.hash() != config.model.hash():
-            difference = next(differences(given.config, config.model))
+            difference = compared(*next(differences(given.config, config.model)))
             raise ValueError(f"{path}: its config is not that of the run's model: {difference}")
         model.load_state_dict(given.state_dict())
         model.tokenizer = given.tokenizer

@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from titans.config import to_dict
-from titans.train.checkpoint import write_text
+from titans.train.checkpoint import METRICS, write_text
 from titans.train.config import RunConfig
-
-METRICS = "metrics.jsonl"
 
 Row = Mapping[str, int | float]
 
@@ -111,7 +109,7 @@ class WandbLogger:
 
         name, kept = folder.resolve().name, folder / "wandb-id"
         if not kept.exists():
-            kept.write_text(f"{name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+            write_text(kept, f"{name}-{secrets.token_hex(4)}\n")
         self._run: Any = wandb.init(
             project="titans",
             name=name,

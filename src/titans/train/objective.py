@@ -21,8 +21,9 @@ class Segment(NamedTuple):
     """What a model made of a batch.
 
     nll: (B, T) nats, 0 where the label is ignored. likeliest: (B, T), the tokens it would have
-    said. open: mean learning rate of the memories, 0 for a model without one. charged: mean
-    `charge` of learning rates and decays, what the cost of writing is for. state: what it remembers
+    said. open: mean learning rate of the memories, 0 for a model without one and at padding.
+    charged: mean `charge` of learning rates and decays, likewise, what the cost of writing is for.
+    state: what it remembers
     after the last token.
     """
 

@@ -280,7 +280,8 @@ function curve(drawing, line, x, y, from, to, pixels, band) {
 /** Values at piece ends, from 0 before the first token; where that had position `first`, and so
  * more was read before it, from the first that is known. */
 function steps(drawing, points, x, y, from, to, first) {
-  const path = from || !first ? [[x(from), y(valueAt(points, from - 1))]] : [];
+  const before = from || !first ? valueAt(points, from - 1) : points.values[0];
+  const path = before === undefined ? [] : [[x(from), y(before)]];
   for (let i = 0; i < points.at.length; i++) {
     if (points.at[i] >= from) path.push([x(points.at[i]), y(points.values[i])]);
     if (points.at[i] > to) break;

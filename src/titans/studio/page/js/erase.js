@@ -124,7 +124,8 @@ export class ErasePanel {
 
   async erase(range = this.range()) {
     if (!range || studio.busy) return;
-    const instead = this.instead.value;
+    const typed = this.range() !== null; // else the form is hidden, and what it holds is old
+    const instead = typed ? this.instead.value : "";
     const words = studio.log.slice(...range);
     const { session } = studio;
     const questions = nearest(studio.log.facts(), range).map((fact) => ({
@@ -139,6 +140,7 @@ export class ErasePanel {
       instead,
       questions: questions.map((fact) => fact.prompt),
     };
+    const keep = !typed || this.keep.checked;
     this.result = null;
     this.stopped = false;
     this.running = true;
@@ -160,7 +162,7 @@ export class ErasePanel {
       ),
     );
     const done = await studio.attempt(async () => {
-      const result = await this.request(session, passage);
+      const result = await this.request(session, passage, keep);
       if (studio.session?.id === session.id) this.result = report(result, questions);
       this.chooseAnew(null);
       await this.reload(session.id, range[0]);
@@ -174,9 +176,9 @@ export class ErasePanel {
   }
 
   /** Erase, after a fork where one is wanted; where the server refuses, nothing is left of that. */
-  async request(session, passage) {
+  async request(session, passage, keep) {
     const before = { fork: session.id, name: named(session.name, ", before erasing") };
-    const fork = this.keep.checked ? await api.create(before) : null;
+    const fork = keep ? await api.create(before) : null;
     try {
       if (this.stopped) throw Object.assign(new Error("stopped"), { status: 409, code: "stopped" });
       return await api.erase(session.id, passage);
