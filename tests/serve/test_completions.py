@@ -1,7 +1,7 @@
 """OpenAI's completions: what its clients send and expect, with the library's tokens."""
 
 import pytest
-from served import create, events, message, read
+from served import client, create, events, message, read
 
 from titans.generate import Sampling, generate
 from titans.models.lm import load
@@ -28,6 +28,11 @@ def test_the_models(c, model_file) -> None:
     assert model["parameters"] == load(model_file).parameter_count
     assert c.get("/v1/models/tiny").json() == model
     assert "no model 'gpt'" in message(c.get("/v1/models/gpt"), 404)
+
+
+def test_a_name_may_have_a_slash(tmp_path, model_file) -> None:
+    with client(tmp_path / "sessions", model_file, models={"org/tiny": model_file}) as c:
+        assert c.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
 
 
 def test_one_completion(c, model_file) -> None:
