@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from titans.config import MemoryConfig, TitansConfig, Variant
+from titans.config import MemoryConfig, TitansConfig, Variant, has_memory
 from titans.data.documents import read_documents
 from titans.data.haystack import NOISE, prose, prose_files
 from titans.data.needle import word_list
@@ -45,6 +45,7 @@ from titans.evals.jobs import (
 )
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, origin, percent, readable, write_lines
+from titans.evals.written import written
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -338,6 +339,14 @@ def sweep(job: Row, root: Path) -> Row:
     return {"cells": [asdict(cell) for cell in result.cells]}
 
 
+def look(job: Row, root: Path) -> Row:
+    """How much its memories write of held-out books, a million tokens in one stream."""
+    torch.set_num_threads(1)
+    path = kept(weights(job["model"]), job["model"])
+    found = written(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
+    return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}
+
+
 def count_prose(job: Row, root: Path) -> Row:
     """Tokens of the tests' books: longer prompts read them again."""
     return {"tokens": len(prose([root / "books"], load_tokenizer(TOKENIZER), held_out=True).tokens)}
@@ -405,9 +414,13 @@ def write_page(rows: list[Row]) -> None:
         lines += [*markdown_table(("model", *(readable(n) for n in lengths)), table), ""]
     asked = (next(r["asked"] for r in tested if r["length"] == n) for n in lengths)
     lines += [f"Questions per length: {', '.join(map(str, asked))}.", "", "## Training", ""]
+    looked = {r["model"]: r for r in rows if r["stage"] == "writes"}
     lines += [
         "State: numbers (not bytes) that a model carries while it reads; TTT-MLP's are two sets of",
         "weights, of the last chunk and of this one.",
+        "Written: the sum of each memory's learning rates over"
+        f" {next((r['tokens'] for r in looked.values()), 0):,} tokens of",
+        "the tests' books, in which there is nothing to remember.",
         "",
     ]
     lines += markdown_table(
@@ -417,6 +430,7 @@ def write_page(rows: list[Row]) -> None:
             "state",
             "value tokens copied, on the way",
             "gates open",
+            "written",
             "minutes",
         ),
         [
@@ -426,6 +440,7 @@ def write_page(rows: list[Row]) -> None:
                 f"{carried(r['model']):,}",
                 " ".join(f"{100 * x:.0f}" for x in r["copied"]),
                 f"{100 * r['open']:.2f} %" if r["model"].startswith("Titans") else "",
+                ", ".join(f"{x:.3g}" for x in looked.get(r["model"], {}).get("written", [])),
                 f"{r['train_minutes']:.0f}",
             )
             for r in trained
@@ -468,6 +483,10 @@ def main() -> None:
             one = partial(test, runs=runs, root=root)
             rows = run_jobs(path, asking, one, workers=options.workers)
             write_page(rows)
+        looking = [
+            {"stage": "writes", "model": name} for name in names if has_memory(MODELS[name].variant)
+        ]
+        rows = run_jobs(path, looking, partial(look, root=root), workers=options.workers)
         if SWEEP_MODEL in names:
             depths = [{"stage": "depths", "model": SWEEP_MODEL}]
             rows = run_jobs(path, depths, partial(sweep, root=root))

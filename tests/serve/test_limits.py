@@ -374,7 +374,7 @@ def test_an_unforged_file_is_taken(c) -> None:
 def test_the_description_is_of_these_routes(c) -> None:
     described = c.get("/openapi.json").json()
     offered = {
-        (route.path, method.lower())
+        (route.path.replace(":path", ""), method.lower())
         for route in c.app.routes
         for method in route.methods - {"HEAD"}
     }
