@@ -199,6 +199,19 @@ def sleep(job):
     time.sleep(300)
 
 
+def test_a_terminated_run_of_one_worker_is_interrupted(tmp_path):
+    """So that what it runs can save its state."""
+
+    def stopped(job):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(tmp_path / "r.json", [{"n": 1}], stopped)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_terminated_run_leaves_no_worker_behind(tmp_path):
     code = (
         "import test_jobs, sys; from pathlib import Path; from titans.evals.jobs import run_jobs; "

@@ -169,7 +169,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Within it SIGTERM is a KeyboardInterrupt: workers are not left behind."""
+    """Within it SIGTERM is a KeyboardInterrupt: no workers and no unsaved states are left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -282,11 +282,12 @@ def fill(
         return None
 
     if workers == 1:
-        while waiting:
-            if job := next_job():
-                keep(job, attempt(function, job))
-            elif waiting:
-                time.sleep(POLL_S)
+        with terminated_as_interrupted():  # what reads or trains saves its state first
+            while waiting:
+                if job := next_job():
+                    keep(job, attempt(function, job))
+                elif waiting:
+                    time.sleep(POLL_S)
         return rows
     # PyTorch's threads do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_freed)
