@@ -169,7 +169,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Within it SIGTERM is a KeyboardInterrupt: no workers and no unsaved states are left behind."""
+    """Within it SIGTERM is a KeyboardInterrupt: neither workers nor unsaved states are left."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
