@@ -40,7 +40,7 @@ from titans.evals.jobs import (
     train_in_turn,
 )
 from titans.evals.report import markdown_table, origin, percent, readable, write_lines
-from titans.evals.written import written
+from titans.evals.written import sums
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import BabiRows, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -253,8 +253,7 @@ def look(job: Row, root: Path) -> Row:
     """How much its memories write of held-out books, a million tokens in one stream."""
     torch.set_num_threads(1)
     path = kept(weights(job["model"]), job["model"])
-    found = written(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
-    return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}
+    return sums(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
 
 
 def write_page(rows: list[Row]) -> None:

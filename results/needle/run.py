@@ -45,7 +45,7 @@ from titans.evals.jobs import (
 )
 from titans.evals.needle import NeedleCell, NeedleConfig, NeedleResult, needle, plot
 from titans.evals.report import markdown_table, origin, percent, readable, write_lines
-from titans.evals.written import written
+from titans.evals.written import sums
 from titans.models.lm import TitansLM, load
 from titans.presets import count_parameters, matched
 from titans.train.config import DataConfig, NeedleRows, OptimizerConfig, RunConfig, TrainConfig
@@ -343,8 +343,7 @@ def look(job: Row, root: Path) -> Row:
     """How much its memories write of held-out books, a million tokens in one stream."""
     torch.set_num_threads(1)
     path = kept(weights(job["model"]), job["model"])
-    found = written(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
-    return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}
+    return sums(load(path, choose_device("auto")), load_tokenizer(TOKENIZER), [root / "books"])
 
 
 def count_prose(job: Row, root: Path) -> Row:
@@ -418,11 +417,14 @@ def write_page(rows: list[Row]) -> None:
     lines += [
         "State: numbers (not bytes) that a model carries while it reads; TTT-MLP's are two sets of",
         "weights, of the last chunk and of this one.",
-        "Written: the sum of each memory's learning rates over"
-        f" {next((r['tokens'] for r in looked.values()), 0):,} tokens of",
-        "the tests' books, in which there is nothing to remember.",
-        "",
     ]
+    if looked:
+        tokens = next(iter(looked.values()))["tokens"]
+        lines += [
+            f"Written: the sum of each memory's learning rates over {tokens:,} tokens of",
+            "the tests' books, in which there is nothing to remember.",
+        ]
+    lines += [""]
     lines += markdown_table(
         (
             "model",

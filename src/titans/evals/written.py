@@ -24,3 +24,11 @@ def written(
     tokens of them. ValueError for what cannot be read."""
     ring = prose(paths, tokenizer, held_out=True)
     return writes(model, ring.tokens[None, :tokens])
+
+
+def sums(
+    model: TitansLM, tokenizer: Tokenizer, paths: Sequence[str | Path]
+) -> dict[str, int | list[float]]:
+    """Of `written`, what a table of results keeps: the tokens, and each memory's total."""
+    found = written(model, tokenizer, paths)
+    return {"tokens": found[0].tokens, "written": [memory.total for memory in found]}

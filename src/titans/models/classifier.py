@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from titans.config import TitansConfig
 from titans.models.lm import TitansLM
+from titans.ops.tracing import is_traced
 
 Pooling = Literal["mean", "last"]
 
@@ -41,7 +42,7 @@ class SequenceClassifier(nn.Module):
         self, tokens: Int[Tensor, "b t"], lengths: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c"]:
         """Logits of the classes; `lengths` tokens of each row count, at least one."""
-        if (
+        if not is_traced([lengths]) and (
             lengths.shape != tokens.shape[:1]
             or not 1 <= lengths.min() <= lengths.max() <= tokens.shape[1]
         ):
