@@ -6,22 +6,15 @@ Whoever has files of the same content, compressed or not, has the same data. Whe
 is in docs/results.md.
 """
 
-import bz2
-import gzip
-import hashlib
+from functools import partial
 from pathlib import Path
 
-from titans.evals.jobs import command, data_folder
+from titans.data.documents import open_bytes
+from titans.evals.jobs import command, content_digest, data_folder
 from titans.evals.report import markdown_table, write_lines
 
 HERE = Path(__file__).parent
-DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress}
 FOLDERS = ("needle", "books", "text/wikitext-2", "babi", "timeseries", "commonsense", "dna")
-
-
-def content(path: Path) -> bytes:
-    """The file's bytes, decompressed."""
-    return DECOMPRESS.get(path.suffix, bytes)(path.read_bytes())
 
 
 def main() -> None:
@@ -36,9 +29,10 @@ def main() -> None:
     for folder in FOLDERS:
         rows = []
         for path in sorted(file for file in (root / folder).rglob("*") if file.is_file()):
-            found = content(path)
             name = str(path.relative_to(root / folder))
-            rows.append((name, f"{len(found):,}", hashlib.sha256(found).hexdigest()[:16]))
+            with open_bytes(path) as stream:
+                size = sum(map(len, iter(partial(stream.read, 2**20), b"")))
+            rows.append((name, f"{size:,}", content_digest(path)))
         lines += ["", f"## {folder}", "", *markdown_table(("file", "bytes", "sha256"), rows)]
     write_lines(HERE / "data.md", lines)
 

@@ -35,3 +35,13 @@ def test_the_benchmarks_page_is_made_of_its_results(tmp_path: Path, run) -> None
     (copied / "RESULTS.md").unlink()
     run(copied / "run.py", "--report-only")
     assert (copied / "RESULTS.md").read_text() == (ROOT / "benchmarks/RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("suite", ["needle", "recall"])
+def test_what_diverged_is_not_asked_further(suite: str) -> None:
+    """And is no reason for the table to end."""
+    runner = runpy.run_path(str(ROOT / "results" / suite / "run.py"))
+    shorter, longer = min(runner["LENGTHS"]), max(runner["LENGTHS"])
+    job = {"stage": "test", "model": "a", "name": "a", "kind": "b", "gates": "c", "seed": 0}
+    gone = {**job, "length": shorter, "diverged": "the logits are not finite"}
+    assert runner["lost"]([gone], {**job, "length": longer})

@@ -5,7 +5,7 @@
 TITANS_DATA_DIR holds `timeseries/{ETTh1,ETTm1,weather,exchange_rate}.csv[.gz]`; --data adds files
 of your own, with the settings of the series they are most like (`settings_of`). A finished
 (data, horizon, model, seed) is a row of results.json and is not repeated; delete the row to run
-it again.
+it again. A file of another content than that of the rows of its name is refused.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from titans.evals.jobs import (
     at_least_one,
     by_name,
     command,
+    content_digest,
     data_folder,
     read_rows,
     run_jobs,
@@ -73,6 +74,7 @@ def run(job: dict[str, Any], paths: dict[str, Path], threads: int) -> dict[str, 
     row = dataclasses.asdict(fitted.result) | {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "data"},
         "threads": threads,
+        "sha256": content_digest(paths[name]),
     }
     if job["seed"] == 0 and job["horizon"] == SHOWN_HORIZON:
         known = fitted.data.channels
@@ -208,6 +210,15 @@ def find(root: Path, name: str) -> Path:
     raise ValueError(f"expected {name}.csv.gz or {name}.csv in {root / 'timeseries'}")
 
 
+def refuse_others(rows: list[dict[str, Any]], name: str, file: Path) -> None:
+    """ValueError for a file whose name has rows of another content."""
+    ours = content_digest(file)
+    if any(row["data"] == name and row.get("sha256", ours) != ours for row in rows):
+        raise ValueError(
+            f"{file}: the rows of {name} in results.json are of another content; rename the file"
+        )
+
+
 def main() -> None:
     parser = runner_parser(__doc__)
     parser.add_argument("--only", choices=SERIES, nargs="*", default=list(SERIES))
@@ -222,6 +233,8 @@ def main() -> None:
     if not options.table_only:
         root = data_folder() if options.only else Path()
         paths = by_name([*options.data, *(find(root, name) for name in options.only)])
+        for name, file in paths.items():
+            refuse_others(rows, name, file)
         one = partial(run, paths=paths, threads=options.threads)
         for seed, name in itertools.product(options.seeds, paths):
             jobs = [

@@ -354,7 +354,7 @@ def count_prose(job: Row, root: Path) -> Row:
 def lost(rows: list[Row], job: Row) -> bool:
     """Was hardly anything found at a shorter length? Then this one is not asked."""
     shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n < job["length"]]
-    return any(row is not None and row["score"] <= LOST for row in shorter)
+    return any(row is not None and row.get("score", 0.0) <= LOST for row in shorter)
 
 
 def write_page(rows: list[Row]) -> None:

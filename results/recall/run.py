@@ -111,7 +111,7 @@ def lost(rows: list[dict[str, Any]], job: dict[str, Any]) -> bool:
     """Was no more than any of the values left at a shorter length? Then this one is not asked."""
     shorter = [find(rows, job | {"length": n}) for n in LENGTHS if n < job["length"]]
     return job["length"] > LONG and any(
-        r is not None and r["recall"] <= 1.1 * guess(PAIRS) for r in shorter
+        r is not None and r.get("recall", 0.0) <= 1.1 * guess(PAIRS) for r in shorter
     )
 
 

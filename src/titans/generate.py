@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from titans.models.lm import TitansLM
-from titans.state import ModelState
+from titans.state import ModelState, NonFiniteError
 
 PIECE = 2048
 
@@ -242,7 +242,7 @@ def sample(
 ) -> Int[Tensor, " b"]:
     """Draw one token a row."""
     if not torch.isfinite(logits).all():
-        raise ValueError("the model returned a non-finite logit; its weights are damaged")
+        raise NonFiniteError("the model returned a non-finite logit; its weights are damaged")
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # Relative to the largest, so that the coldest temperature cannot overflow.

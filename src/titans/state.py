@@ -26,6 +26,10 @@ S = TypeVar("S", bound="State")
 _STATE_TYPES: dict[str, type["State"]] = {}
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity turned up; the message says where."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """Base of all states. Tensors are never written in place; every verb returns a new state."""
@@ -87,7 +91,7 @@ class State:
             except NotImplementedError:
                 raise ValueError(f"the memory holds {tensor.dtype} in {name}") from None
             if not finite:
-                raise ValueError(f"the memory holds a non-finite number in {name}")
+                raise NonFiniteError(f"the memory holds a non-finite number in {name}")
 
     def save(self, path: str | Path, notes: dict[str, str] | None = None) -> None:
         """Write one safetensors file; the old file stays until the new one is whole.

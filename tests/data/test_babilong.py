@@ -139,6 +139,8 @@ def test_mistakes_in_a_file_are_named(tmp_path):
     path.write_text("1 Mary moved.\nWhere is Mary?\n")
     with pytest.raises(ValueError, match=r"qa1_x_test.txt:2: expected `id text`"):
         read_questions(path)
+    path.write_text("1 Mary moved.\n2 Where is Mary?\there\n\n1 John moved.\n\n")
+    assert [question.answer for question in read_questions(path)] == ["here"]
     path.write_text("1 Mary moved.\n")
     with pytest.raises(ValueError, match="no question in it"):
         read_questions(path)

@@ -62,7 +62,7 @@ def test_contexts_with_one_continuation(tmp_path) -> None:
 
 def test_endings_of_six_lines(tmp_path) -> None:
     path = tmp_path / "hella.txt.bz2"
-    path.write_bytes(bz2.compress(b"He\n3\na.\nb.\nc.\nd.\nShe\n0\n1\n2\n3\n4\n"))
+    path.write_bytes(bz2.compress(b"He\n3\na.\nb.\nc.\nd.\n\nShe\n0\n1\n2\n3\n4\n\n"))
     first, second = read_choices(path)
     assert first == Item(tuple(Option("He", f" {x}.") for x in "abcd"), 3)
     assert second == Item(tuple(Option("She", f" {x}") for x in "1234"), 0)
@@ -85,6 +85,10 @@ def test_endings_of_six_lines(tmp_path) -> None:
             '{"context": "a", "question": "b", "answerA": "c", "answerB": "d", "answerC": "e", '
             '"label": 0}',
             "expected a label 1, 2 or 3, got 0",
+        ),
+        (
+            r'{"query": "a\ud800", "choices": ["b", "c"], "gold": 0}',
+            r"q\.jsonl:1: 'query' is not valid Unicode",
         ),
         ("\n", "no questions in it"),
     ],

@@ -71,9 +71,9 @@ def test_windows_of_a_ramp(tmp_path: Path) -> None:
 def test_batches_hold_every_pair_once(tmp_path: Path, size: int) -> None:
     data = load_forecast_data(write(tmp_path / "x.csv", ramp(100)), lookback=5, horizon=3)
     windows = data.windows("test")
-    seen = torch.cat([future[:, 0] for _, future in windows.batches(size)])
+    seen = torch.cat([future[:, 0] for _, future, _ in windows.batches(size)])
     assert torch.equal(seen.sort().values, data.values[:, 80:98].flatten().sort().values)
-    some = torch.cat([future[:, 0] for _, future in windows.batches(size, every=4)])
+    some = torch.cat([future[:, 0] for _, future, _ in windows.batches(size, every=4)])
     assert torch.equal(some.sort().values, data.values[:, 80:98:4].flatten().sort().values)
 
 
@@ -104,14 +104,18 @@ def test_gaps(tmp_path: Path) -> None:
     assert filled[[0, 1, 2]].tolist() == [2.0, 2.0, 2.0]
     assert filled[[9, 10, 11, 12, 90]].tolist() == [9.0, 9.0, 9.0, 12.0, 89.0]
     train = values[2:70, 0]  # rows 0 and 1 are empty cells: no number for either rule
-    field = load_forecast_data(path, lookback=5, horizon=3)
+    field = load_forecast_data(path, lookback=5, horizon=3, missing="field")
     assert field.mean[0] == pytest.approx(train.mean())
     assert field.std[0] == pytest.approx(train.std())
     assert field.values[0, 11] == pytest.approx((9 - train.mean()) / train.std(), rel=1e-5)
-    clean = load_forecast_data(path, lookback=5, horizon=3, missing="clean")
+    clean = load_forecast_data(path, lookback=5, horizon=3)  # "auto", for all but the weather
     kept = np.delete(train, [8, 9])
     assert clean.mean[0] == pytest.approx(kept.mean())
     assert clean.std[0] == pytest.approx(kept.std())
+    weather = load_forecast_data(path.rename(tmp_path / "weather.csv"), lookback=5, horizon=3)
+    assert (weather.mean == field.mean).all()
+    scored = torch.cat([known for *_, known in clean.windows("test").batches(7)])
+    assert (~scored).sum() == 3  # row 90 of one channel, in each window that forecasts it
 
 
 def test_encodings_line_ends_and_compression(tmp_path: Path) -> None:
@@ -150,6 +154,8 @@ def test_a_constant_channel_stays_finite(tmp_path: Path) -> None:
         ('date,a\nx,1\nx,"1\n', "x.csv:3: not a line of CSV"),
         ("date,a\nx,1\nx,1,2\n", "x.csv:3: expected 2 cells, got 3"),
         ("date,a\nx,1\nx,one\n", "x.csv:3: could not convert string to float: 'one'"),
+        ("date,a\n2020-01-03,1\n2020-01-01,1\n", "x.csv:3: 2020-01-01 00:00:00 stands after 2020"),
+        ("date,a\n" + "x,1\n" * 48 + "x,\n" * 12, "there is no value in the test part"),
         ("date,a\nx,inf\n", "x.csv:2: expected finite numbers"),
         ("date,a\n" + "x,-9999\n" * 60, "channel 'a' has no value at all"),
         ("date,a\n" + "x,1\n" * 60, "valid part .6 rows. is too short for look-back 5"),
@@ -199,3 +205,9 @@ def test_weather_has_its_gaps_in_the_training_part() -> None:
     ratio = dict(zip(series.channels, field.std / clean.std, strict=True))
     assert ratio["wv (m/s)"] == pytest.approx(31, abs=1)
     assert ratio["OT"] == pytest.approx(21, abs=1)
+
+
+def test_lines_without_content_and_hours_that_repeat_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("date,a\n2020-10-25 02:30,1\n2020-10-25 02:00,2\n,\n\n2020-10-25 03:00,3\n,\n")
+    assert read_series(path).recorded[:, 0].tolist() == [1.0, 2.0, 3.0]

@@ -18,7 +18,7 @@ from titans.evals.ablation import (
 )
 from titans.evals.perplexity import PerplexityConfig, perplexity
 from titans.models.lm import TitansLM
-from titans.train.objective import NonFiniteError
+from titans.state import NonFiniteError
 
 DELTA = ("gated-deltanet", "gated-deltanet-closing")
 LINEAR = {"memory.depth", "memory.residual", "memory.norm"}
@@ -161,3 +161,19 @@ def test_errors_name_what_was_expected():
         AblationConfig(paths=("a",), test_paths=("b",), parts=("no-momentun",))
     with pytest.raises(ValueError, match="parts or seeds is empty"):
         AblationConfig(paths=("a",), test_paths=("b",), seeds=())
+
+
+def test_a_part_that_reads_no_numbers_is_named_and_the_others_go_on(config, monkeypatch):
+    """Its training was finite; a stream far longer than the rows of training is another thing."""
+
+    def damaged(model, reading):
+        if model.config.memory.depth > 1:
+            with torch.no_grad():
+                model.embedding.weight.fill_(float("nan"))
+        return perplexity(model, reading)
+
+    monkeypatch.setattr("titans.evals.ablation.perplexity", damaged)
+    result = ablation(config)
+    assert [one.model for one in result.diverged] == ["lmm"]
+    assert "is not finite" in result.diverged[0].reason
+    assert [score.part for score in result.parts] == ["linear"]

@@ -14,6 +14,7 @@ from titans.data.choices import Item, Option
 from titans.data.tokenizers import ByteTokenizer
 from titans.evals import commonsense as module
 from titans.evals.commonsense import CommonsenseConfig, commonsense, encode_item, score
+from titans.state import NonFiniteError
 
 DATA = Path(os.environ.get("TITANS_DATA_DIR", "absent")) / "commonsense"
 
@@ -162,3 +163,13 @@ def test_a_few_real_questions_of_every_task(without_shape_checks) -> None:
     names = ["arc_challenge", "arc_easy", "hellaswag_val_full", "piqa", "winogrande"]
     assert [task.task for task in result.tasks] == names
     assert result.tasks[4].accuracy == result.tasks[4].accuracy_norm
+
+
+def test_a_damaged_model_has_no_accuracy(tmp_path) -> None:
+    """All scores NaN would make the first option the likeliest."""
+    model = build("lmm")
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+    path = write_items(tmp_path / "toy.jsonl", (["aaaa", "bbbb"], 0))
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        commonsense(model, CommonsenseConfig(paths=(path,)))

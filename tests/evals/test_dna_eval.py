@@ -20,7 +20,7 @@ from titans.evals.dna import (
     train_and_test,
 )
 from titans.evals.report import Diverged
-from titans.train.objective import NonFiniteError
+from titans.state import NonFiniteError
 
 MOTIF = "GATTACA"
 
@@ -230,3 +230,12 @@ def test_errors(without_shape_checks) -> None:
         DNAConfig(folder="x", dropout=1.0)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         DNAConfig(folder="x", epochs=0)
+
+
+def test_a_dev_part_of_one_class_is_refused(tmp_path) -> None:
+    config = small(tmp_path)
+    path = Path(config.folder) / "dev.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(x for x in lines if x.endswith(",1"))]) + "\n")
+    with pytest.raises(ValueError, match="dev sequences are of one class"):
+        load_task(config)

@@ -26,7 +26,7 @@ from titans.evals.forecast import (
     plot_examples,
 )
 from titans.evals.report import markdown_table, write_json
-from titans.train.objective import NonFiniteError
+from titans.state import NonFiniteError
 
 SMALL = {
     "lookback": 48,
@@ -112,6 +112,32 @@ def test_errors_are_over_every_window_whatever_the_batch(seasonal: str) -> None:
     wanted = (square / 289, absolute / 289)
     for size in (1024, 37):
         assert evaluate(fitted.model, test, batch_size=size) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_was_not_recorded_is_not_scored(seasonal: str, tmp_path: Path) -> None:
+    """A gap in the test part holds the value before it, which is no truth."""
+    lines = Path(seasonal).read_text().splitlines()
+    path = tmp_path / "gaps.csv"
+    for gap in ("", "-9999"):
+        cut = [*lines[:1300], *(f"{line.split(',')[0]},{gap},{gap}" for line in lines[1300:1340])]
+        path.write_text("\n".join([*cut, *lines[1340:]]) + "\n")
+        settings = ForecastSettings(
+            data=str(path), model="dlinear", **{**SMALL, "epochs": 1, "steps": 2}
+        )
+        fitted = fit(settings)
+        total = 0.0
+        count = 0
+        fitted.model.eval()
+        with torch.no_grad():
+            for begin in range(1200, 1500 - 12 + 1):
+                guess = fitted.model(fitted.data.values[:, begin - 48 : begin])
+                for step in range(12):
+                    if not 1299 <= begin + step < 1339:  # a header stands before the rows
+                        truth = fitted.data.values[:, begin + step]
+                        total += (guess[:, step] - truth).double().square().sum().item()
+                        count += len(truth)
+        wanted = pytest.approx(total / count, rel=1e-5)
+        assert evaluate(fitted.model, fitted.data.windows("test")).mse == wanted
 
 
 def test_a_seed_fixes_a_run(seasonal: str) -> None:
@@ -322,3 +348,7 @@ def test_the_suite_resumes_and_writes_its_page(seasonal: str, tmp_path: Path, mo
     (shown,) = suite.examples_of(rows)
     assert set(shown.forecasts) == {"lmm", "attention", "dlinear"}
     assert (tmp_path / "forecasts.png").exists()
+    own.write_text(Path(seasonal).read_text() + own.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(ValueError, match=r"the rows of mine in results\.json are of another content"):
+        suite.main()
+    assert len(calls) == 15

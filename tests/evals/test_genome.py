@@ -163,3 +163,12 @@ def test_baselines_alone_and_models_that_do_not_fit(tmp_path) -> None:
         dataclasses.replace(config, contexts=(8, 41))
     with pytest.raises(ValueError, match=r"orders must lie in 0\.\.24"):
         GenomeConfig(path=path, orders=(25,))
+
+
+def test_what_is_too_short_for_a_chain_is_told_before_the_model_reads(tmp_path) -> None:
+    path = fasta(tmp_path / "g.fa", "ACGT" * 50)
+    config = GenomeConfig(path=path, test=3, valid=0, contexts=(2,), orders=(5,))
+    seen = []
+    with pytest.raises(ValueError, match="no base of the 3 held out has 5 known ones before it"):
+        genome(build(), config, seen.append)
+    assert seen == []

@@ -1,5 +1,6 @@
 """A results file is filled job by job, and nothing that is finished is lost or repeated."""
 
+import gzip
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from titans.evals import jobs
 from titans.evals.jobs import (
     by_name,
     command,
+    content_digest,
     data_folder,
     digest,
     diverged,
@@ -28,8 +30,8 @@ from titans.evals.jobs import (
     split_diverged,
     train_in_turn,
 )
+from titans.state import NonFiniteError
 from titans.train.config import DataConfig, RunConfig, TrainConfig
-from titans.train.objective import NonFiniteError
 
 JOBS = [{"task": task, "seed": seed} for task in ("a", "b") for seed in (0, 1)]
 
@@ -111,9 +113,35 @@ def test_two_processes_share_a_table_and_run_each_job_once(tmp_path):
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     paths = [tmp_path / "mouse" / "0.csv", tmp_path / "tf" / "1"]
-    assert by_name(paths) == {"0": paths[0].resolve(), "1": paths[1].resolve()}
+    assert by_name(paths) == {"0": paths[0].absolute(), "1": paths[1].absolute()}
     with pytest.raises(ValueError, match="have one name, '0': link or rename one"):
         by_name([*paths, tmp_path / "tf" / "0"])
+
+
+def test_a_name_is_without_suffixes_and_a_links_own(tmp_path):
+    stored = tmp_path / "9f3ab2"
+    stored.write_text("")
+    link = tmp_path / "ETTh2.csv.gz"
+    link.symlink_to(stored)
+    assert by_name([link, tmp_path / "ETTh1.v2.csv"]) == {
+        "ETTh2": link,
+        "ETTh1.v2": tmp_path / "ETTh1.v2.csv",
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_is_named_twice_runs_once(tmp_path, workers):
+    job = {"note": str(tmp_path / "note")}
+    assert len(run_jobs(tmp_path / "r.json", [job, dict(job)], once, workers=workers)) == 1
+    assert (tmp_path / "note").read_text() == "x"
+
+
+def test_what_a_file_holds_has_one_digest_however_it_is_packed(tmp_path):
+    for name, packed in [("a.csv", b"1,2"), ("b.csv.gz", gzip.compress(b"1,2"))]:
+        (tmp_path / name).write_bytes(packed)
+    (tmp_path / "c.csv").write_bytes(b"1,3")
+    a, b, c = (content_digest(tmp_path / name) for name in ("a.csv", "b.csv.gz", "c.csv"))
+    assert a == b != c
 
 
 def test_a_digest_is_another_where_a_file_or_a_setting_is(tmp_path):

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from titans import MemoryConfig, TitansConfig, TitansLM
 from titans.evals.perplexity import PerplexityConfig, Positions, perplexity, plot_positions
+from titans.state import NonFiniteError
 
 TEXTS = [
     "Ein Bär aß Öl. " * 20,
@@ -194,8 +195,16 @@ def test_a_damaged_model_has_no_perplexity(files) -> None:
     model = build()
     with torch.no_grad():
         model.embedding.weight[ord("l")] = float("nan")
-    with pytest.raises(ValueError, match="is not finite"):
-        perplexity(model, PerplexityConfig(paths=files))
+    seen = []
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        perplexity(model, PerplexityConfig(paths=files), watch=seen.append)
+    assert seen == []
+
+
+def test_a_document_is_told_as_soon_as_it_is_read(files) -> None:
+    seen = []
+    result = perplexity(build(), PerplexityConfig(paths=files), watch=seen.append)
+    assert tuple(seen) == result.documents
 
 
 def test_errors_are_one_line(tmp_path) -> None:

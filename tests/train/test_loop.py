@@ -15,13 +15,14 @@ from titans.config import load_toml, to_toml
 from titans.data.text import IGNORED
 from titans.data.tokenizers import ByteTokenizer, tokenizer_of
 from titans.models.lm import TitansLM
+from titans.state import NonFiniteError
 from titans.train import loop
 from titans.train.batches import open_data
 from titans.train.checkpoint import checkpoints, held, latest
 from titans.train.config import RunConfig
 from titans.train.loop import new_training, take_step, train
 from titans.train.metrics import MetricsFile, read_metrics
-from titans.train.objective import NonFiniteError, charge, read_segment, runs_bf16
+from titans.train.objective import charge, read_segment, runs_bf16
 from titans.train.signals import stop_request
 
 # argv: config, folder, the step whose row is the last thing the process does.

@@ -101,7 +101,7 @@ def run_eval(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not when the work is done
     part = None if options.out is None else free_name(options.out, options.suite)
     if "watch" in inspect.signature(function).parameters:
-        function = partial(function, watch=partial(progress, part=part, told=[]))
+        function = partial(function, watch=partial(progress, part=part))
     if suite.reads:
         from titans.data.tokenizers import load_tokenizer
         from titans.train.loop import choose_device
@@ -144,14 +144,12 @@ def free_name(folder: Path, suite: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def progress(cell: Any, part: Path | None, told: list[Any]) -> None:
-    """A record on one line of stderr, as soon as it is there; and all so far, those `told` and
-    this one, as JSON in `part`, which is what is left of a suite that was stopped."""
-    told.append(cell)
+def progress(cell: Any, part: Path | None) -> None:
+    """A record on one line of stderr, as soon as it is there; and as JSON at the end of `part`,
+    which is what is left of a suite that was stopped."""
     if part is not None:
-        from titans.evals.report import write_lines
-
-        write_lines(part, [json.dumps(dataclasses.asdict(one)) for one in told])
+        with part.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(cell)) + "\n")
     fields = (f"{f.name} {text_of(getattr(cell, f.name))}" for f in dataclasses.fields(cell))
     print(", ".join(fields), file=sys.stderr, flush=True)
 

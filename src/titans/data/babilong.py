@@ -159,6 +159,8 @@ def read_questions(path: Path) -> list[Question]:
     story: list[Line] = []
     (document,) = read_documents([path])
     for number, raw in enumerate(document.text.splitlines(), start=1):
+        if not raw.strip():
+            continue
         match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)(?:\t.*)?)?", raw.rstrip())
         if match is None:
             raise ValueError(f"{path}:{number}: expected `id text` or `id question TAB answer ...`")

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titans.data.documents import json_line, open_text
+from titans.data.documents import check_unicode, json_line, open_text
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".txt", ".txt.gz", ".txt.bz2")
 ENDINGS = 4
@@ -128,6 +128,8 @@ def read_endings(path: Path) -> Iterator[Item]:
     with open_text(path, "utf-8-sig") as stream:
         lines = enumerate((line.rstrip("\r\n") for line in stream), start=1)
         for number, context in lines:
+            if not context:  # between items, and at the end
+                continue
             block = [line for _, line in zip(range(1 + ENDINGS), lines, strict=False)]
             texts = [text for _, text in block]
             where = f"{path}:{number}"
@@ -153,4 +155,6 @@ def item(contexts: list[str], choices: list[str], gold: Any, where: str) -> Item
 def strings(value: Any, name: str, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{where}: expected {name} to be text, got {value!r}"[:200])
+    for text in value:
+        check_unicode(text, name, where)
     return value

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".jsonl"})
 
@@ -258,12 +258,18 @@ def encoding_of(path: Path, encoding: str) -> str:
     return "utf-8-sig" if path is STDIN or is_stream(path) or _is_utf8(path) else "latin-1"
 
 
+def open_bytes(path: Path) -> BinaryIO:
+    """What is in a plain or compressed file."""
+    opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
+    stream: BinaryIO = opener(path, "rb")
+    return stream
+
+
 def _is_utf8(path: Path) -> bool:
     """Reads the whole file for it; one that cannot be read is told of when it is."""
-    opener: Any = _COMPRESSED.get(path.suffix.lower(), open)
     decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
-        with opener(path, "rb") as stream:
+        with open_bytes(path) as stream:
             while block := stream.read(2**20):
                 decode(block)
         decode(b"", final=True)
@@ -338,8 +344,13 @@ def _text_of(row: Any, text_key: str, where: str) -> str:
         raise ValueError(
             f"{where}: expected a string under {text_key!r}, got {type(text).__name__}"
         )
+    check_unicode(text, text_key, where)
+    return text
+
+
+def check_unicode(text: str, name: str, where: str) -> None:
+    """ValueError, which says where, for half a surrogate pair, which JSON can spell."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise ValueError(f"{where}: {text_key!r} is not valid Unicode ({error.reason})") from error
-    return text
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {name!r} is not valid Unicode ({error.reason})") from error

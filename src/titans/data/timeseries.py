@@ -5,16 +5,18 @@ A file has a header with a column `date` and one number per channel and row; pla
 all after them), so that errors can be set beside published ones.
 
 Missing values: an empty cell, NaN, or -9999, with which the Jena weather station marks a gap
-(81 cells of its file, all in the training part). The field's loaders do not know of gaps: -9999
-goes into mean and standard deviation like any number, which makes the standardised `wv` 31 and
-`OT` 21 times smaller than they should be. To score on the field's scale the default rule,
-"field", counts it in the statistics too; but what a model sees, in input and target, is the last
-value before the gap. "clean" leaves gaps out of the statistics as well.
+(81 cells of its file, all in the training part). What a model sees in a gap, in input and target,
+is the last value before it; in validation and test parts no error is counted there. The field's
+loaders do not know of gaps: in their statistics -9999 is a number like any other, which makes the
+standardised `wv` of that file 31 and `OT` 21 times smaller than they should be. The rule "field"
+counts it so, to score on the field's scale; "clean" leaves gaps out of the statistics; the
+default, "auto", is "field" for files named `weather*` and "clean" for all others.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,7 +30,7 @@ from titans.data.documents import AUTO, csv_rows, encoding_of, open_text, plain_
 
 MISSING_VALUE = -9999.0
 Split = Literal["auto", "ett-hour", "ett-minute", "ratio"]
-MissingRule = Literal["field", "clean"]
+MissingRule = Literal["auto", "field", "clean"]
 PartName = Literal["train", "valid", "test"]
 
 _MONTH = 30 * 24  # hours: a month of the ETT split
@@ -66,10 +68,12 @@ class Series:
 class Windows:
     """All windows of one part: `count` of them, the first forecasting from row `first`.
 
-    values: (channels, rows) float32, standardised, of the whole series.
+    values: (channels, rows) float32, standardised, of the whole series. known: likewise, bool,
+    False where a gap was filled.
     """
 
     values: Tensor
+    known: Tensor
     first: int
     count: int
     lookback: int
@@ -84,25 +88,30 @@ class Windows:
         both = cut[channels, windows + (self.first - self.lookback)]
         return both[:, : self.lookback], both[:, self.lookback :]
 
-    def batches(self, size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every channel of every `every`-th window, `size` pairs at a time; none is dropped."""
+    def batches(self, size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Past, future, and which of the future was recorded, of every channel of every
+        `every`-th window, `size` pairs at a time; none is dropped."""
         channels = self.values.shape[0]
         windows = torch.arange(0, self.count, every)
+        recorded = self.known.unfold(1, self.horizon, 1)
         for chosen in torch.arange(len(windows) * channels).split(size):
-            yield self.pairs(windows[chosen // channels], chosen % channels)
+            window, channel = windows[chosen // channels], chosen % channels
+            yield *self.pairs(window, channel), recorded[channel, window + self.first]
 
 
 @dataclass(frozen=True)
 class ForecastData:
     """A standardised series with its three parts.
 
-    mean, std: (channels,), of the training part. parts: first and last row (exclusive) that
-    each part forecasts; look-backs of the later two reach into the part before.
+    values, known: see `Windows`. mean, std: (channels,), of the training part. parts: first and
+    last row (exclusive) that each part forecasts; look-backs of the later two reach into the part
+    before.
     """
 
     name: str
     channels: tuple[str, ...]
     values: Tensor
+    known: Tensor
     mean: np.ndarray
     std: np.ndarray
     parts: dict[PartName, tuple[int, int]]
@@ -119,7 +128,7 @@ class ForecastData:
                 f"{self.name}: the {part} part ({end - begin} rows) is too short for "
                 f"look-back {self.lookback} and horizon {self.horizon}"
             )
-        return Windows(self.values, first, count, self.lookback, self.horizon)
+        return Windows(self.values, self.known, first, count, self.lookback, self.horizon)
 
 
 def load_forecast_data(
@@ -128,18 +137,21 @@ def load_forecast_data(
     lookback: int,
     horizon: int,
     split: Split = "auto",
-    missing: MissingRule = "field",
+    missing: MissingRule = "auto",
 ) -> ForecastData:
     """Read, split and standardise a file; ValueError, in one line, for what does not fit.
 
     split: "ett-hour" and "ett-minute" are 12, 4 and 4 months of 30 days, rows beyond are left;
     "ratio" is 0.7, 0.1 and 0.2 of the rows; "auto" goes by the file's name (ETTh*, ETTm*, else).
+    missing: which statistics gaps have a part in, see the module.
     """
     if lookback < 1 or horizon < 1:
         raise ValueError(f"lookback and horizon must be at least 1, got {lookback} and {horizon}")
     if missing not in get_args(MissingRule):
-        raise ValueError(f"missing must be 'field' or 'clean', got {missing!r}")
+        raise ValueError(f"missing must be 'auto', 'field' or 'clean', got {missing!r}")
     series = read_series(path)
+    if missing == "auto":
+        missing = "field" if series.name.lower().startswith("weather") else "clean"
     parts = split_rows(series.name, len(series.recorded), split)
     filled = series.filled()
     train = slice(*parts["train"])
@@ -150,12 +162,24 @@ def load_forecast_data(
     if empty.any():
         name = series.channels[int(empty.argmax())]
         raise ValueError(f"{series.name}: the channel {name!r} has no value in the training part")
+    for part in ("valid", "test"):
+        if series.missing[slice(*parts[part])].all():
+            raise ValueError(f"{series.name}: there is no value in the {part} part")
     mean, std = np.nanmean(counted[train], 0), np.nanstd(counted[train], 0)
     # A constant channel stays as it is; its deviation is not always zero, but rounding.
     std = np.where(std <= 1e-12 * np.abs(mean), 1.0, std)
     values = torch.from_numpy(((filled - mean) / std).T.astype(np.float32))
+    known = torch.from_numpy(~series.missing.T).contiguous()
     data = ForecastData(
-        series.name, series.channels, values.contiguous(), mean, std, parts, lookback, horizon
+        series.name,
+        series.channels,
+        values.contiguous(),
+        known,
+        mean,
+        std,
+        parts,
+        lookback,
+        horizon,
     )
     for part in get_args(PartName):
         data.windows(part)  # raises if a part is too short
@@ -184,10 +208,26 @@ def split_rows(name: str, rows: int, split: Split = "auto") -> dict[PartName, tu
     }
 
 
+def later(latest: datetime | None, written: str, where: str) -> datetime | None:
+    """The date of a row, after the `latest` before it; ValueError where it is long before that.
+
+    An hour is written twice when clocks are set back, and some files repeat a few rows.
+    """
+    try:
+        date = datetime.fromisoformat(written.strip()).replace(tzinfo=None)
+    except ValueError:
+        return latest
+    if latest is not None and latest - date > timedelta(days=1):
+        raise ValueError(f"{where}: {date} stands after {latest}; expected rows in order of time")
+    return date if latest is None else max(latest, date)
+
+
 def read_series(path: str | Path) -> Series:
     """A CSV file with a `date` column, UTF-8 or else Latin-1, any line ends.
 
-    Raises ValueError in one line that names the file, and the line where there is one.
+    Raises ValueError in one line that names the file, and the line where there is one; also for
+    dates (of ISO 8601; others are not looked at) that go back by more than a day. Lines without
+    any content are left out.
     """
     path = Path(path)
     with open_text(path, encoding_of(path, AUTO)) as stream:
@@ -200,10 +240,13 @@ def read_series(path: str | Path) -> Series:
         raise ValueError(f"{path}: expected a name of its own for every column, got {header[:8]}")
     date = header.index("date")
     rows = []
+    latest: datetime | None = None
     for where, cells in lines:
+        if not any(cell.strip() for cell in cells):
+            continue
         if len(cells) != len(header):
             raise ValueError(f"{where}: expected {len(header)} cells, got {len(cells)}")
-        del cells[date]
+        latest = later(latest, cells.pop(date), where)
         try:
             rows.append([float(cell) if cell.strip() else math.nan for cell in cells])
         except ValueError as error:

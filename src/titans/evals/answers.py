@@ -16,8 +16,7 @@ from titans.data.haystack import Sample, blocks
 from titans.evals.report import write_json
 from titans.generate import PIECE, Sampling, continue_rows, prefill
 from titans.models.lm import TitansLM
-from titans.state import ModelState, digest
-from titans.train.objective import NonFiniteError
+from titans.state import ModelState, NonFiniteError, digest
 
 SAVE_S = 300.0  # seconds of reading that a stopped command may lose
 

@@ -23,6 +23,7 @@ from titans.data.documents import expand_paths
 from titans.data.tokenizers import Tokenizer, tokenizer_of
 from titans.generate import select_rows, stream
 from titans.models.lm import TitansLM
+from titans.state import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,8 @@ def likelihoods(
                 start = select_rows(reading.state, members, 1)
                 logits = torch.cat([logits, model(padded[:, :-1], start, write)[0]], 1)
             nll = F.cross_entropy(logits.double().transpose(1, 2), padded, reduction="none").cpu()
+            if not nll.isfinite().all():
+                raise NonFiniteError("the log-probability of a continuation is not finite")
             likeliest = (logits.argmax(-1) == padded).cpu()
             for i, answer, row, hits in zip(members, answers, nll, likeliest, strict=True):
                 end = len(answer)

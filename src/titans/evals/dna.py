@@ -170,19 +170,29 @@ def dna(
 def load_task(config: DNAConfig) -> DNATask:
     (folder,) = expand_paths((config.folder,))
     task = read_task(folder)
-    if not config.limit:
-        return task
+    if config.limit:
+        task = limited(task, config.limit)
+    if len(np.unique(task.dev.labels)) < 2:
+        raise ValueError(
+            f"{folder}: the {len(task.dev.labels)} dev sequences are of one class, which tells no "
+            "epoch from another"
+        )
+    return task
+
+
+def limited(task: DNATask, limit: int) -> DNATask:
+    """With so many sequences of each part, drawn at random."""
 
     def some(part: Labelled) -> Labelled:
         order = np.random.default_rng(0).permutation(len(part.labels))
-        return select(part, order[: config.limit])
+        return select(part, order[:limit])
 
     return dataclasses.replace(
         task,
         train=some(task.train),
         dev=some(task.dev),
         test=some(task.test),
-        split=f"{task.split}; {config.limit} of each",
+        split=f"{task.split}; {limit} of each",
     )
 
 

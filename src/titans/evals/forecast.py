@@ -30,7 +30,8 @@ from titans.data.timeseries import (
 from titans.evals.report import Diverged, or_diverged
 from titans.models.baselines.dlinear import DLinear
 from titans.models.forecaster import Forecaster, ForecasterConfig, Head
-from titans.train.objective import NonFiniteError, descend
+from titans.state import NonFiniteError
+from titans.train.objective import descend
 
 ForecastModel = Literal["lmm", "attention", "dlinear"]
 Loss = Literal["mse", "mae", "huber"]
@@ -45,8 +46,11 @@ class ForecastTraining:
     lookback: int = 336
     """Steps that a forecast sees."""
     split: Split = "auto"
-    """See `titans.data.timeseries.load_forecast_data`; so for `missing`."""
-    missing: MissingRule = "field"
+    """Training, validation and test rows: 12, 4 and 4 months of 30 days (`ett-*`), or 0.7, 0.1 and
+    0.2 of all; `auto` goes by the file's name."""
+    missing: MissingRule = "auto"
+    """Whether a gap marked -9999 counts in mean and deviation, as the field has it (`field`), or
+    not (`clean`); `auto` is `field` for files named weather*."""
     seed: int = 0
     """Of the initial weights, the order of the windows and dropout."""
     patch: int = 24
@@ -388,11 +392,11 @@ def loss_of(name: Loss, guess: Tensor, truth: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, windows: Windows, every: int = 1, batch_size: int = 1024) -> Errors:
-    """Errors over every `every`-th window, each as heavy as any other."""
+    """Errors over every `every`-th window, each step that was recorded as heavy as any other."""
     model.eval()
     square = absolute = count = 0.0
-    for past, future in windows.batches(batch_size, every):
-        error = (model(past) - future).double()
+    for past, future, known in windows.batches(batch_size, every):
+        error = (model(past) - future).double()[known]
         square += error.square().sum().item()
         absolute += error.abs().sum().item()
         count += error.numel()

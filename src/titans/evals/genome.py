@@ -139,6 +139,9 @@ def genome(
     whose vocabulary is not that of bytes.
     """
     parts = split_genome(config)
+    markov = tuple(  # before the model reads: what is too short for them is told now
+        markov_bits(parts.train, parts.test, order, config.smoothing) for order in config.orders
+    )
     read: list[ContextBits] = []
     positions: tuple[PositionLoss, ...] = ()
     if model is not None:
@@ -156,9 +159,7 @@ def genome(
         split=parts.rule,
         contexts=tuple(read),
         positions=positions,
-        markov=tuple(
-            markov_bits(parts.train, parts.test, order, config.smoothing) for order in config.orders
-        ),
+        markov=markov,
         write=config.write,
     )
 

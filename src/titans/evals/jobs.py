@@ -19,13 +19,14 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+from titans.data.documents import open_bytes, plain_name
 from titans.evals.report import machine, write_json
 from titans.heap import keep_freed
+from titans.state import NonFiniteError
 from titans.train.checkpoint import MODEL, finished
 from titans.train.config import RunConfig
 from titans.train.loop import train
 from titans.train.metrics import read_metrics
-from titans.train.objective import NonFiniteError
 
 Job = dict[str, Any]
 Row = dict[str, Any]
@@ -51,6 +52,15 @@ def digest(paths: Iterable[Path], *settings: object) -> str:
     for path in paths:
         found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:8]
+
+
+def content_digest(path: Path) -> str:
+    """16 letters of the SHA-256 of what is in a file once it is decompressed."""
+    found = hashlib.sha256()
+    with open_bytes(path) as stream:
+        while block := stream.read(2**20):
+            found.update(block)
+    return found.hexdigest()[:16]
 
 
 def data_folder() -> Path:
@@ -103,15 +113,17 @@ def at_least_one(text: str) -> int:
 
 
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every path under its name; ValueError where two share one, as GUE's mouse/0 and tf/0 do."""
+    """Every path under its name, a file's without its suffixes (`ETTh1` for `ETTh1.csv.gz`);
+    ValueError where two share one, as GUE's mouse/0 and tf/0 do."""
     named: dict[str, Path] = {}
     for path in paths:
-        name = path.absolute().name.split(".")[0]  # of a link its own
+        path = path.absolute()  # a link keeps its own name
+        name = path.name if path.is_dir() else Path(plain_name(path)).stem
         if name in named:
             raise ValueError(
                 f"{path} and {named[name]} have one name, {name!r}: link or rename one"
             )
-        named[name] = path.resolve()
+        named[name] = path
     return named
 
 
@@ -259,7 +271,10 @@ def fill(
 ) -> list[Row]:
     """`run_jobs`, with the claims it makes."""
     rows = read_rows(path)
-    waiting = [job for job in jobs if find(rows, job) is None]
+    waiting: list[Job] = []
+    for wanted in jobs:
+        if wanted not in waiting and find(rows, wanted) is None:
+            waiting.append(wanted)
 
     def keep(job: Job, result: Row) -> None:
         made = {"date": date.today().isoformat(), "machine": machine()}

@@ -7,7 +7,7 @@ memory is carried over from the document before. Bytes are those of the scored t
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from titans.data.documents import expand_paths, read_documents
 from titans.data.tokenizers import ByteTokenizer, Tokenizer, encode, tokenizer_of
 from titans.generate import read_piece, select_rows
 from titans.models.lm import TitansLM
-from titans.state import ModelState
+from titans.state import ModelState, NonFiniteError
 
 FIRST_BUCKET = 256
 
@@ -139,9 +139,13 @@ class Positions:
 
 
 def perplexity(
-    model: TitansLM, config: PerplexityConfig, tokenizer: Tokenizer | None = None
+    model: TitansLM,
+    config: PerplexityConfig,
+    tokenizer: Tokenizer | None = None,
+    watch: Callable[[DocumentLoss], None] | None = None,
 ) -> PerplexityResult:
     """Read the documents of `config.paths` with the model; the tokenizer defaults to bytes.
+    `watch` sees every document as it is done.
 
     Raises ValueError, in one line, for files that cannot be read, a tokenizer that is not
     the model's, and where no document has two tokens.
@@ -167,6 +171,8 @@ def perplexity(
                         loss=loss,
                     )
                 )
+                if watch is not None:
+                    watch(scored[-1])
         if config.carry:
             begin, before = begin + len(group[0].tokens), last
     if not scored:
@@ -246,7 +252,7 @@ def read_together(
     """Read documents (arrays of int64) side by side; one that has ended leaves the batch, and
     what the others' memories hold does not depend on it. state, logits: of what was read before.
 
-    Raises ValueError for a loss that is not finite.
+    Raises NonFiniteError for a loss that is not finite.
     """
     device = next(model.parameters()).device
     active = list(range(len(documents)))
@@ -256,7 +262,7 @@ def read_together(
         tokens = torch.from_numpy(np.stack([documents[i][begin:end] for i in active]))
         reading = read_piece(model, tokens.to(device), state, logits, write)
         if not torch.isfinite(reading.nll[:, int(logits is None) :]).all():
-            raise ValueError(f"the loss of tokens {begin} to {end - 1} is not finite")
+            raise NonFiniteError(f"the loss of tokens {begin} to {end - 1} is not finite")
         state, logits = reading.state, reading.logits
         yield Part(begin, active, reading.nll.cpu(), logits, state)
         begin = end

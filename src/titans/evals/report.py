@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from titans.train.objective import NonFiniteError
+from titans.state import NonFiniteError
 
 T = TypeVar("T")
 

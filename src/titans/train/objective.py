@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from titans.data.facts import Batch
 from titans.data.text import IGNORED
 from titans.models.lm import TitansLM
-from titans.state import ModelState
-
-
-class NonFiniteError(RuntimeError):
-    """A NaN or an infinity turned up; the message names the step and where."""
+from titans.state import ModelState, NonFiniteError
 
 
 class Segment(NamedTuple):
