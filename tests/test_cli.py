@@ -42,7 +42,9 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 
 def test_presets_lists_and_prints_toml(capsys, tmp_path) -> None:
-    assert "mac-340m-paper_neurips" in run(capsys, "presets").splitlines()
+    names = run(capsys, "presets").splitlines()
+    assert "mac-340m-paper_neurips" in names
+    assert json.loads(run(capsys, "presets", "--json")) == {"presets": names}
     (tmp_path / "c.toml").write_text(run(capsys, "presets", "mal-tiny"))
     from titans.config import load_toml
     from titans.train.config import RunConfig

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import titans
 from titans import ModelState, demo
 from titans.cli import main
 from titans.data.facts import STATEMENT_SIZE
 from titans.fresh import FreshProcessError
+from titans.state import read_notes
 
 SHORT = 4096
 
@@ -139,3 +141,24 @@ def test_the_checkpoints_are_package_data() -> None:
     shipped = {p for pattern in patterns for p in (root / "src" / "titans").glob(pattern)}
     assert demo.asset("demo.safetensors") in shipped
     assert demo.asset("demo-attention.safetensors") in shipped
+
+
+def test_models_that_it_makes_no_sense_of(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    small = {"dim": 16, "heads": 2, "layers": 1, "window": 8, "segment": 8}
+    titans.TitansLM(titans.TitansConfig(variant="sliding", **small)).save(path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: the model has no memory"):
+        demo.run_demo(length=1024, out=tmp_path, streams=1, model_path=path)
+    titans.TitansLM(titans.TitansConfig(variant="lmm", vocab_size=2048, **small)).save(path)
+    with pytest.raises(ValueError, match="has 257 tokens, the model 2048"):
+        demo.run_demo(length=1024, out=tmp_path, streams=1, model_path=path)
+
+
+def test_what_asking_again_does_not_look_at_is_refused(result, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--ask", result.out, "--model", "other.safetensors"])
+    assert "--model has no effect on a memory that is there" in capsys.readouterr().err
+
+
+def test_the_memory_says_what_its_tokens_are(result) -> None:
+    assert read_notes(Path(result.out) / "demo.memory")["tokenizer"] == "bytes"

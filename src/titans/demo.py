@@ -20,10 +20,12 @@ from rich.table import Table
 
 from titans.data.carrier import files_text, python_text
 from titans.data.facts import STATEMENT_SIZE, Fact
+from titans.data.tokenizers import ByteTokenizer, tokenizer_identity, tokenizer_of
 from titans.evals.facts import HiddenFacts, ask, hide_facts, read
 from titans.evals.report import readable
 from titans.fresh import in_fresh_process
 from titans.generate import Reading
+from titans.inspect.weights import memory_layers
 from titans.models.lm import load
 from titans.state import ModelState
 
@@ -76,6 +78,10 @@ def run_demo(
     haystack = hide_facts(carrier, distances, streams=streams, seed=seed)
     model = load(model_path or asset("demo.safetensors"))
     attention = load(attention_path or asset("demo-attention.safetensors"))
+    for reader in (model, attention):
+        tokenizer_of(reader, None)  # bytes; ValueError for a model of other tokens
+    if not memory_layers(model):
+        raise ValueError(f"{model_path}: the model has no memory to look at")
 
     out.mkdir(parents=True, exist_ok=True)
     curve = Curve()
@@ -135,7 +141,7 @@ def asset(name: str) -> Path:
 
 def save_memory(out: Path, state: ModelState, haystack: HiddenFacts, model: Path | None) -> None:
     """The memory as a file, and beside it the questions that a fresh process will ask."""
-    state.save(out / "demo.memory")
+    state.save(out / "demo.memory", {"tokenizer": tokenizer_identity(ByteTokenizer())})
     questions = {
         "model": None if model is None else str(model.resolve()),
         "facts": [[list(fact) for fact in row] for row in haystack.facts],

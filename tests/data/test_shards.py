@@ -232,3 +232,10 @@ def test_no_index_or_half_of_one(folder):
     path.unlink()
     with pytest.raises(ValueError, match=r"out: not a prepared folder \(no index\.json in it\)"):
         Shards.open(folder)
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the current folder, expected another to write to"):
+        prepare(documents(["a"]), ByteTokenizer(), ".")
+    assert list(tmp_path.iterdir()) == []

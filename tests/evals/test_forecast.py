@@ -349,6 +349,6 @@ def test_the_suite_resumes_and_writes_its_page(seasonal: str, tmp_path: Path, mo
     assert set(shown.forecasts) == {"lmm", "attention", "dlinear"}
     assert (tmp_path / "forecasts.png").exists()
     own.write_text(Path(seasonal).read_text() + own.read_text().splitlines()[-1] + "\n")
-    with pytest.raises(ValueError, match=r"the rows of mine in results\.json are of another content"):
+    with pytest.raises(ValueError, match=r"rows of mine in results\.json are of another content"):
         suite.main()
     assert len(calls) == 15

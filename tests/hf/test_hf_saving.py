@@ -322,11 +322,19 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
     step.mkdir()
     small("lmm").save(step / "model.safetensors")
     content = (step / "model.safetensors").read_bytes()
-    assert "holds a model file that would be replaced" in error(step / "model.safetensors", step)
+    assert "holds other files, expected a new or empty" in error(step / "model.safetensors", step)
     assert (step / "model.safetensors").read_bytes() == content
+    llama = tmp_path / "llama"  # of someone else
+    llama.mkdir()
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    (llama / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    before = {path: path.read_bytes() for path in llama.iterdir()}
+    assert "holds other files, expected a new or empty folder" in error(file, llama)
+    assert {path: path.read_bytes() for path in llama.iterdir()} == before
     wrong = error(file, tmp_path / "f", "--tokenizer", "bytes")
     assert "has 257 tokens, the model 40: name the one" in wrong
     wrapped("lmm").save_pretrained(tmp_path / "g")
+    main(["convert", str(file), str(tmp_path / "g")])  # a folder like this is made anew
     assert "is a folder" in error(tmp_path / "g", tmp_path)
     assert "--tokenizer" in error(tmp_path / "g", tmp_path / "x", "--tokenizer", "bytes")
     assert "is read here" in error(tmp_path / "g", tmp_path / "g" / "model.safetensors")

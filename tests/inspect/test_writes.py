@@ -6,6 +6,7 @@ import torch
 from inspected import MODELS, build, text
 
 from titans.inspect import observe, writes
+from titans.state import NonFiniteError
 
 
 @pytest.mark.parametrize(("variant", "memory"), MODELS)
@@ -49,3 +50,11 @@ def test_one_text_at_a_time() -> None:
         writes(model, text(9, batch=2))
     with pytest.raises(ValueError, match="the text is empty"):
         writes(model, [])
+
+
+def test_a_damaged_model_writes_nothing_that_could_be_told() -> None:
+    model = build(*MODELS[0])
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="no finite rate in the first"):
+        writes(model, torch.zeros(1, 8, dtype=torch.long))

@@ -486,3 +486,15 @@ def test_losses_in_pieces_keep_no_logits(monkeypatch):
         kept[limit] = max(size for size in sizes if size != 5000 * 16)  # but for the head itself
     assert kept[2**24] == 2 * 29 * 5000
     assert kept[4 * 5000] < 4 * 5000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_of_half_precision_is_read_on_with_in_full(variant: str) -> None:
+    """Its tails and keys do not stay rounded at each piece's end."""
+    model, tokens = build(variant).float(), some_tokens()
+    _, state = build(variant).bfloat16()(tokens[:, :7])
+    at_once, last = model(tokens[:, 7:], state)
+    first, middle = model(tokens[:, 7:12], state)
+    rest, _ = model(tokens[:, 12:], middle)
+    torch.testing.assert_close(torch.cat([first, rest], 1), at_once, rtol=1e-4, atol=1e-4)
+    assert not [name for name, t in last.tensors().items() if t.dtype == torch.bfloat16]

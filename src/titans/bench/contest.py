@@ -89,7 +89,8 @@ def contest(
 def result_row(
     contestant: Contestant, made: Steps, forward: Timing, train: Timing, gflops: float
 ) -> Row:
-    """Medians and their spread as speeds, and how much of the matrix peak is useful work."""
+    """Medians and their spread as speeds, and how much of the matrix peak is useful work; not of
+    products in another precision than the peak's."""
     line = row(
         contestant.impl,
         length=contestant.length,
@@ -103,7 +104,7 @@ def result_row(
     if train.failure is None:
         line["tokens_per_s_train"] = contestant.tokens / train.median_s
         line["seconds_train"] = [train.low_s, train.median_s, train.high_s]
-    if made.flops is not None:
+    if made.flops is not None and contestant.settings.get("precision", "float32") == "float32":
         if forward.failure is None:
             line["fraction_of_peak_forward"] = made.flops / forward.median_s / gflops / 1e9
         if train.failure is None:

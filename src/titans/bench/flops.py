@@ -4,6 +4,7 @@ from torch import nn
 
 from titans.layers.attention import SlidingWindowAttention
 from titans.layers.memory import NeuralMemory
+from titans.models.mac import MACMixer
 from titans.ops import MemoryNetwork
 
 
@@ -57,9 +58,35 @@ def module_flops(module: nn.Module, tokens: int, length: int) -> float:
             flops += 2.0 * part.weight.numel() * tokens
         elif isinstance(part, NeuralMemory):
             flops += memory_flops(part, tokens)
+        elif isinstance(part, MACMixer):
+            flops += recall_flops(part, tokens, length)
         elif isinstance(part, SlidingWindowAttention):
             flops += attention_flops(part.qkv.in_features, min(part.window, length), length, tokens)
     return flops
+
+
+def recall_flops(mixer: MACMixer, tokens: int, length: int) -> float:
+    """What MAC has besides linear maps and memory: attention inside a segment to its tokens and to
+    what was recalled before it, one memory token every `stride`; their keys and values; and the
+    recall, for which the memory's query, gate and output maps are used a second time."""
+    stride, attention, memory = mixer.stride, mixer.attention, mixer.memory
+
+    def seen(size: int) -> int:
+        return sum(2 + i + i // stride for i in range(size))  # tokens and memory tokens up to i
+
+    whole, rest = divmod(length, mixer.segment)
+    mean = (whole * seen(mixer.segment) + seen(rest)) / length
+    dim = attention.qkv.in_features
+    flops = 4.0 * dim * mean * tokens
+    recalled = tokens / stride
+    flops += 2.0 * 2 * dim * dim * recalled
+    inner = memory.config.heads * memory.config.key_dim
+    flops += 2.0 * inner * dim * tokens
+    if memory.output_gate is not None:
+        flops += 2.0 * memory.output_gate.weight.numel() * tokens
+    shapes = memory.network.shapes(memory.config.key_dim, memory.config.key_dim)
+    flops += 2.0 * memory.config.heads * sum(i * o for i, o in shapes) * recalled
+    return flops + 2.0 * memory.output.weight.numel() * recalled
 
 
 def memory_flops(memory: NeuralMemory, tokens: int) -> float:

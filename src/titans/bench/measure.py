@@ -66,22 +66,31 @@ def take_turns(
     rounds: dict[str, int] = {}
     failures: dict[str, str] = {}
     for name, step in steps.items():
-        try:
-            if device.startswith("cuda"):
-                seconds(step, device)
-            first = seconds(step, device)
-        except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-            failures[name] = one_line(error)
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
-            continue
-        times[name] = [first] if first > LONG_CALL_S else []
-        rounds[name] = max(1, min(repeats, int(limit_s / max(first, 1e-9))))
+        first = attempt(name, step, device, failures)
+        if first is not None and device.startswith("cuda"):
+            first = attempt(name, step, device, failures)
+        if first is not None:
+            times[name] = [first] if first > LONG_CALL_S else []
+            rounds[name] = max(1, min(repeats, int(limit_s / max(first, 1e-9))))
     for _ in range(repeats):
         for name, taken in times.items():
-            if len(taken) < rounds[name]:
-                taken.append(seconds(steps[name], device))
+            if name not in failures and len(taken) < rounds[name]:
+                spent = attempt(name, steps[name], device, failures)
+                taken += [] if spent is None else [spent]
     return times, failures
+
+
+def attempt(
+    name: str, step: Callable[[], object], device: str, failures: dict[str, str]
+) -> float | None:
+    """Seconds of one call; None where it failed, which is then noted under its name."""
+    try:
+        return seconds(step, device)
+    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+        failures[name] = one_line(error)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return None
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """Results as tables, plots and JSON files. Nothing here measures."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from titans.bench.contest import Row
 from titans.evals.report import readable
@@ -78,7 +80,7 @@ def table(result: dict[str, Any]) -> Table:
     for index, header in enumerate(headers):
         view.add_column(header, justify="right" if index else "left", no_wrap=index == 0)
     for line in rows:
-        view.add_row(*line)
+        view.add_row(*map(Text, line))
     return view
 
 
@@ -108,6 +110,15 @@ def settings_lines(rows: Sequence[Row]) -> list[str]:
         if line.get("settings"):
             seen.setdefault(line["impl"], json.dumps(line["settings"]))
     return [f"{impl}: {settings}" for impl, settings in seen.items()]
+
+
+def finite(value: Any) -> Any:
+    """With None for every NaN, as a failed step has: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(result: dict[str, Any], out: Path) -> list[Path]:

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from titans.cli.parser import Parser, add_json, count, say, verb
+from titans.cli.parser import Parser, add_json, count, refuse_options, say, verb
+
+LAYER: dict[str, Any] = {
+    "length": 4096,
+    "depth": 2,
+    "chunk_size": [64, 16],
+    "lengths": [2**n for n in range(10, 18)],
+}
+"""Defaults of `titans bench layer`, of what not every sweep reads."""
 
 
 def add_bench(verbs: Any) -> None:
@@ -14,16 +22,18 @@ def add_bench(verbs: Any) -> None:
     actions = group.add_subparsers(dest="action", required=True, metavar="WHAT")
 
     layer = verb(actions, "layer", run_bench_layer, "time the rule and the memory layer")
-    layer.add_argument("--length", type=count, default=4096, help="tokens, e.g. 4K")
+    layer.add_argument("--length", type=count, default=LAYER["length"], help="tokens, e.g. 4K")
     layer.add_argument("--heads", type=count, default=6)
     layer.add_argument("--key-dim", type=count, default=64, help="size of a head")
-    layer.add_argument("--depth", type=count, default=2, help="layers of the memory network")
-    layer.add_argument("--chunk-size", type=count, nargs="+", default=[64, 16])
+    layer.add_argument(
+        "--depth", type=count, default=LAYER["depth"], help="layers of the memory network"
+    )
+    layer.add_argument("--chunk-size", type=count, nargs="+", default=LAYER["chunk_size"])
     layer.add_argument(
         "--sweep", choices=("length", "chunk", "depth", "heads"), help="time and memory along this"
     )
     layer.add_argument(
-        "--lengths", type=count, nargs="+", default=[2**n for n in range(10, 18)], help="of a sweep"
+        "--lengths", type=count, nargs="+", default=LAYER["lengths"], help="of a sweep"
     )
     add_contest(layer)
 
@@ -79,6 +89,14 @@ def add_bench_model(parser: Parser) -> None:
 
 
 def add_bench_output(parser: Parser) -> None:
+    run = parser.get_default("run")
+
+    def with_folder(options: argparse.Namespace) -> None:
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)  # now, and not when all is measured
+        run(options)
+
+    parser.set_defaults(run=with_folder)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the result as JSON and plots")
     add_json(parser)
@@ -95,6 +113,16 @@ def run_bench_layer(options: argparse.Namespace) -> None:
         chunk_sizes=tuple(options.chunk_size),
         **contest_options(options),
     )
+    # What an axis, or none, makes nothing of.
+    idle: dict[str | None, tuple[str, ...]] = {
+        None: ("lengths",),
+        "length": ("length",),
+        "chunk": ("lengths", "chunk_size"),
+        "depth": ("lengths", "depth"),
+        "heads": ("lengths",),
+    }
+    what = "a bench without --sweep" if options.sweep is None else f"--sweep {options.sweep}"
+    refuse_options(options, what, **{name: LAYER[name] for name in idle[options.sweep]})
     if options.sweep is None:
         show_bench(bench_layer(bench), options)
     else:
@@ -175,7 +203,10 @@ def show_bench(result: dict[str, Any], options: argparse.Namespace) -> None:
     console.print(report.table(result))
     for line in report.settings_lines(result["rows"]):
         print(line)
-    if options.out is not None:
-        print("Wrote", *report.write(result, options.out))
-    if options.json:
-        print(json.dumps(result))
+    content = report.finite(result)
+    try:
+        if options.out is not None:
+            print("Wrote", *report.write(content, options.out))
+    finally:  # what was measured is told, whatever becomes of the files
+        if options.json:
+            print(json.dumps(content, allow_nan=False))

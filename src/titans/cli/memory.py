@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.cli.parser import add_json, count, verb
+from titans.cli.parser import add_json, count, refuse_options, verb
 from titans.cli.reading import (
     add_device,
     add_encoding,
@@ -186,9 +186,12 @@ def run_fork(options: argparse.Namespace) -> None:
     from titans.state import ModelState, read_notes
 
     read = [options.memory, *(options.text or ()), *([options.model] if options.model else ())]
-    check_target(options.output, read)
+    check_target(options.output, [*read, options.tokenizer])
     if (options.model is None) != (options.text is None):
         raise ValueError("to read on with the copy give both --model and --text")
+    if options.text is None:
+        defaults = {"device": "auto", "tokenizer": "bytes", "encoding": "utf-8-sig"}
+        refuse_options(options, "a copy that reads nothing", **defaults)
     report: dict[str, Any] = {}
     if options.text is None:
         state = ModelState.load(options.memory)

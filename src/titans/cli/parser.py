@@ -46,3 +46,10 @@ def say(text: str) -> None:
     """Progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+
+
+def refuse_options(options: argparse.Namespace, what: str, **defaults: object) -> None:
+    """ValueError for the first of these options that has not its default: it would do nothing."""
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {what}")

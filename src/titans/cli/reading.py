@@ -134,8 +134,9 @@ def check_target(path: Path, read: Iterable[str | Path] = ()) -> None:
         raise ValueError(f"{path}: is a folder, expected a file to write")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no regular file, expected a file to write")
-    for source in map(Path, read):
-        if path.exists() and source.exists() and path.samefile(source):
+    for source in map(Path, read if path.exists() else ()):
+        files = source.rglob("*") if source.is_dir() else [source]
+        if any(file.exists() and path.samefile(file) for file in files):
             raise ValueError(f"{path}: is read here, expected another file to write")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -176,7 +177,7 @@ def read_texts(
     return state, {
         "tokens": tokens,
         "tokens_read": state.position,
-        "bits_per_token": nats / math.log(2) / max(tokens - 1, 1),
+        "bits_per_token": nats / math.log(2) / (tokens - 1) if tokens > 1 else None,
         "tokens_per_s": tokens / seconds,
         "state_bytes": state.nbytes,
     }
@@ -197,7 +198,7 @@ def add_read(parser: Parser, *output: str, required: bool) -> None:
 def run_read(options: argparse.Namespace) -> None:
     """Read texts, after a memory or from the beginning, and save what is remembered."""
     if options.output is not None:
-        check_target(options.output, [options.model, *options.texts])
+        check_target(options.output, [options.model, *options.texts, options.tokenizer])
     model, tokenizer, state = open_all(options)
     state, report = read_texts(model, tokenizer, options.texts, state, options.encoding)
     if options.output is not None:
@@ -210,9 +211,11 @@ def run_read(options: argparse.Namespace) -> None:
 
 
 def reading_line(report: dict[str, Any]) -> str:
+    bits = report["bits_per_token"]
+    told = "" if bits is None else f"{bits:.3f} bits per token, "
     return (
         f"{report['tokens']:,} tokens at {report['tokens_per_s']:,.0f} tokens/s, "
-        f"{report['bits_per_token']:.3f} bits per token, state of {report['state_bytes']:,} bytes"
+        f"{told}state of {report['state_bytes']:,} bytes"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.cli.parser import INTERRUPTED, Parser, add_json, count, verb
+from titans.cli.parser import INTERRUPTED, Parser, add_json, count, refuse_options, verb
 from titans.cli.reading import (
     add_model,
     add_read,
@@ -48,6 +48,9 @@ def run_demo(options: argparse.Namespace) -> None:
     from titans import demo
 
     if options.ask is not None:
+        refuse_options(options, "a memory that is there", length=65536, text=[], seed=0)
+        refuse_options(options, "a memory that is there", streams=None, model=None)
+        refuse_options(options, "a memory that is there", attention_model=None)
         recall = demo.ask_saved(options.ask)
         if options.json:
             print(json.dumps({"recall": recall}))
@@ -253,7 +256,8 @@ def run_presets(options: argparse.Namespace) -> None:
     from titans.presets import preset, preset_names
 
     if options.name is None:
-        print(json.dumps(preset_names()) if options.json else "\n".join(preset_names()))
+        names = preset_names()
+        print(json.dumps({"presets": names}) if options.json else "\n".join(names))
     else:
         config = preset(options.name)
         content = {"model": to_dict(config)}

@@ -130,6 +130,9 @@ def read_blocks(
 def check_readable(paths: Iterable[str | Path], encoding: str = "utf-8-sig") -> None:
     """ValueError where `read_blocks` would come to one, told before a model has read for hours.
     Standard input and pipes are read once, and not here."""
+    paths = list(paths)
+    if sum(str(path) == "-" for path in paths) > 1:
+        raise ValueError("-: standard input can be read once, not twice")
     again = [path for path in paths if str(path) != "-" and not is_stream(Path(path))]
     for _ in read_blocks(again, encoding):
         pass

@@ -65,7 +65,7 @@ def prepare(
     Raises ValueError: `out` is not empty, no documents, an empty side of the split, numbers out of
     range, a tokenizer that is neither "bytes" nor a file, and whatever `documents` raises.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     _check_request(out, tokenizer, shard_tokens, valid_fraction)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -258,6 +258,8 @@ def _check_request(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder to write to")
+    if out.exists() and out.samefile(Path.cwd()):
+        raise ValueError(f"{out}: is the current folder, expected another to write to")
 
 
 def _check_documents(writers: list[_Writer], valid_fraction: float) -> None:

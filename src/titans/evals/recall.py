@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from titans.baselines import BASELINES, has_convolution
-from titans.config import MemoryConfig, TitansConfig, Variant
+from titans.config import MemoryConfig, TitansConfig, Variant, check_fields
 from titans.data.pairs import IGNORED, PairBatch, PairTask, guess
 from titans.models.lm import TitansLM
 from titans.train.batches import EVALUATION_SEED
@@ -39,6 +39,10 @@ class RecallConfig:
     key_init: Literal["independent", "previous"] = "previous"
     """How keys start, in all models with a convolution; see `MemoryConfig`. With independent ones
     most of a training goes by before anything is bound."""
+    shared: float = 0.0
+    """Length of a random vector that all embeddings share at the start, in lengths of an embedding.
+    Rotary attention without biases finds the token before by position alone, and for that queries
+    and keys of all tokens need a part in common."""
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Asked for after training."""
     most_trained: int = 64
@@ -59,6 +63,9 @@ class RecallConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.shared < 0:
+            raise ValueError(f"shared must not be negative, got {self.shared}")
         if not self.pairs or min(self.pairs) < 1 or max(self.pairs) > self.keys:
             raise ValueError(f"pairs must lie in 1..{self.keys}, got {list(self.pairs)}")
         if not 1 <= self.most_trained <= self.keys:
@@ -159,7 +166,11 @@ def build_model(config: RecallConfig) -> TitansLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return TitansLM(settings)
+        model = TitansLM(settings)
+        if config.shared:
+            weight = model.embedding.weight.detach()
+            weight += config.shared * weight.std() * torch.randn(config.dim)
+        return model
 
 
 def train(config: RecallConfig) -> TitansLM:

@@ -1,27 +1,28 @@
 """A model file of `TitansLM.save` <-> a folder that transformers loads; the same weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer, tokenizer_of
+from titans.hf.config import TitansHFConfig
 from titans.hf.model import TitansForCausalLM
-from titans.models.lm import TitansLM, is_model_file
-from titans.train.checkpoint import INDEX
+from titans.models.lm import TitansLM
 
 
 def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write weights, configuration and code, and the tokenizer if one is given.
 
-    Raises ValueError for a file in the folder's place, a folder with a checkpoint or a model file
-    of ours in it, or a tokenizer that is not the model's.
+    Raises ValueError for a file in the folder's place, a folder that holds anything but a Titans
+    model written like this, or a tokenizer that is not the model's.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write")
-    if (folder / INDEX).exists() or is_model_file(folder / "model.safetensors"):
-        raise ValueError(f"{folder}: holds a model file that would be replaced")
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise ValueError(f"{folder}: holds other files, expected a new or empty folder to write")
     given: dict[str, Any] = {}
     if tokenizer is not None:
         tokenizer = tokenizer_of(model, tokenizer)
@@ -29,6 +30,15 @@ def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None =
     TitansForCausalLM.from_titans(model, **given).save_pretrained(folder)
     if tokenizer is not None:
         for_transformers(tokenizer).save_pretrained(folder)
+
+
+def is_ours(folder: Path) -> bool:
+    """Is it one of `to_folder`, which another may replace?"""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == TitansHFConfig.model_type
 
 
 def to_file(folder: str | Path, path: str | Path) -> TitansLM:

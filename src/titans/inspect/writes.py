@@ -17,7 +17,7 @@ from torch import Tensor
 from titans.inspect.observation import watch
 from titans.inspect.weights import memory_layers
 from titans.models.lm import TitansLM
-from titans.state import ModelState
+from titans.state import ModelState, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def writes(
 ) -> tuple[Written, ...]:
     """Read one text, (1, T) or its pieces, in constant memory; a `Written` for every memory.
 
-    ValueError for several texts side by side, and for an empty one.
+    ValueError for several texts side by side, and for an empty one; NonFiniteError where a rate is
+    no number.
     """
     tokens, last = 0, np.zeros(0, dtype=np.int64)
     strongest: list[list[Write]] = [[] for _ in memory_layers(model)]
@@ -74,6 +75,8 @@ def writes(
         alpha = torch.zeros_like(rates)[..., None] if seen.decay is None else seen.decay[0].cpu()
         lost = -torch.log1p(-alpha.double()).mean(-1)
         totals, forgotten = totals + rates.sum(0), forgotten + lost.sum(0)
+        if not totals.isfinite().all():
+            raise NonFiniteError(f"no finite rate in the first {tokens + len(rates):,} tokens")
         ids = np.concatenate([last, seen.tokens[0].cpu().numpy()])
         for memory, kept in enumerate(strongest):
             here = rates[:, memory]

@@ -267,6 +267,7 @@ class TitansLM(nn.Module):
         position = x.shape[1] * (1 if self.peers is None else self.peers.count)
         if state is not None:
             self.check_state(state, x.shape[0])
+            state = self.widened(state)
             pasts, position = state.blocks, state.position + position
         after, records = [], []
         for block, past in zip(self.blocks, pasts, strict=True):
@@ -319,6 +320,18 @@ class TitansLM(nn.Module):
             raise ValueError(f"the state is {first.dtype}, this model needs another precision")
         if first.device != weight.device:
             raise ValueError(f"the state is on {first.device}, the model on {weight.device}")
+
+    def widened(self, state: ModelState) -> ModelState:
+        """The state of a model in half precision as one in full precision goes on with it."""
+        dtype = self.embedding.weight.dtype
+        if dtype not in (torch.float32, torch.float64):
+            return state
+
+        def widen(tensor: Tensor) -> Tensor:
+            half = tensor.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(dtype) if half else tensor
+
+        return state.map(widen)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write weights and config as one safetensors file, atomically.
