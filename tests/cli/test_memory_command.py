@@ -300,6 +300,11 @@ def test_bad_input_is_one_line_and_leaves_files_alone(capsys, tmp_path, model_fi
         assert message in refused(capsys, *arguments)
     assert target.read_bytes() == b"what was there before"
     assert memory.read_bytes() == content
+    notes = tmp_path / "notes"  # a memory may lie beside the texts it is of, and is none of them
+    notes.mkdir()
+    (notes / "a.txt").write_text("Some text of one's own.")
+    for _ in range(2):
+        run(capsys, "read", model_file, notes, "-o", notes / "own.memory")
     other = tmp_path / "other.memory"
     run(capsys, "read", "demo", texts[0], "-o", other)
     assert "the memories belong to different models" in refused(capsys, "diff", memory, other)

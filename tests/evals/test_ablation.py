@@ -177,3 +177,17 @@ def test_a_part_that_reads_no_numbers_is_named_and_the_others_go_on(config, monk
     assert [one.model for one in result.diverged] == ["lmm"]
     assert "is not finite" in result.diverged[0].reason
     assert [score.part for score in result.parts] == ["linear"]
+
+
+def test_chunks_that_read_no_numbers_are_named(config, monkeypatch):
+    def damaged(model, reading):
+        if model.config.memory.chunk_size == max(config.chunks):
+            raise NonFiniteError("the loss of tokens 0 to 511 is not finite")
+        return perplexity(model, reading)
+
+    monkeypatch.setattr("titans.evals.ablation.perplexity", damaged)
+    seen = []
+    result = ablation(config, seen.append)
+    assert f"lmm, chunks of {max(config.chunks)}" in [one.model for one in result.diverged]
+    assert [c for c in result.chunks if c.chunk_size == max(config.chunks)] == []
+    assert all(one in seen for one in (*result.diverged, *result.parts, *result.chunks))

@@ -1,10 +1,20 @@
 """Associative recall: what is asked can be known, and a memory that can learn it does."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from titans.data.pairs import IGNORED, PairTask
-from titans.evals.recall import RecallConfig, ask, build_model, recall, row_length, train
+from titans.evals.recall import (
+    BEGIN_PAIRS,
+    RecallConfig,
+    ask,
+    build_model,
+    recall,
+    row_length,
+    train,
+)
 
 EASY = RecallConfig(keys=8, most_trained=2, pairs=(2,), head_dim=16, dim=32, steps=350, tokens=1024)
 
@@ -55,3 +65,25 @@ def test_errors():
         RecallConfig(seed=-1)
     with pytest.raises(ValueError, match="tokens >= 322"):
         RecallConfig(tokens=100)
+
+
+def test_how_attention_can_begin():
+    """Embeddings with a part in common, and few pairs first."""
+    config = RecallConfig(model="transformer", shared=1.0)
+    alike = [
+        torch.nn.functional.normalize(build_model(c).embedding.weight, dim=1).mean(0).norm()
+        for c in (config, dataclasses.replace(config, shared=0.0))
+    ]
+    assert alike[0] > 0.6 > 0.2 > alike[1]
+    read = []
+    few = dataclasses.replace(EASY, begin=3, steps=2, tokens=64)
+
+    def watched(model, batch, steps, *rest):
+        read.extend(int((batch(step).labels[0] != IGNORED).sum()) for step in range(steps))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titans.evals.recall.fit_pairs", watched)
+        train(few)
+    assert read[:3] == [BEGIN_PAIRS] * 3
+    assert len(read) == 5
+    assert max(read[3:]) <= few.most_trained

@@ -322,7 +322,7 @@ def test_what_convert_refuses(tmp_path: Path, capsys) -> None:
     step.mkdir()
     small("lmm").save(step / "model.safetensors")
     content = (step / "model.safetensors").read_bytes()
-    assert "holds other files, expected a new or empty" in error(step / "model.safetensors", step)
+    assert "holds a model file that would be replaced" in error(step / "model.safetensors", step)
     assert (step / "model.safetensors").read_bytes() == content
     llama = tmp_path / "llama"  # of someone else
     llama.mkdir()

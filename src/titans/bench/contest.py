@@ -90,7 +90,7 @@ def result_row(
     contestant: Contestant, made: Steps, forward: Timing, train: Timing, gflops: float
 ) -> Row:
     """Medians and their spread as speeds, and how much of the matrix peak is useful work; not of
-    products in another precision than the peak's."""
+    products in bf16 where the peak is another precision's."""
     line = row(
         contestant.impl,
         length=contestant.length,
@@ -104,7 +104,8 @@ def result_row(
     if train.failure is None:
         line["tokens_per_s_train"] = contestant.tokens / train.median_s
         line["seconds_train"] = [train.low_s, train.median_s, train.high_s]
-    if made.flops is not None and contestant.settings.get("precision", "float32") == "float32":
+    narrower = contestant.settings.get("precision") == "bf16" and contestant.dtype != "bfloat16"
+    if made.flops is not None and not narrower:
         if forward.failure is None:
             line["fraction_of_peak_forward"] = made.flops / forward.median_s / gflops / 1e9
         if train.failure is None:

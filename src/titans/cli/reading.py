@@ -134,8 +134,10 @@ def check_target(path: Path, read: Iterable[str | Path] = ()) -> None:
         raise ValueError(f"{path}: is a folder, expected a file to write")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no regular file, expected a file to write")
+    from titans.data.documents import text_files
+
     for source in map(Path, read if path.exists() else ()):
-        files = source.rglob("*") if source.is_dir() else [source]
+        files = text_files(source) if source.is_dir() else [source]
         if any(file.exists() and path.samefile(file) for file in files):
             raise ValueError(f"{path}: is read here, expected another file to write")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -215,10 +215,16 @@ def ablation(
             if watch is not None:
                 watch(score)
             for size in () if trained.config.memory.decay_first else config.chunks:
-                bits = bits_per_byte(config, at_chunk(trained, size))
-                chunks.append(ChunkScore(part=part, seed=seed, chunk_size=size, bits_per_byte=bits))
+                at_size = partial(bits_per_byte, config, at_chunk(trained, size))
+                bits = or_diverged(at_size, f"{part}, chunks of {size}", seed)
+                if isinstance(bits, Diverged):
+                    failed.append(bits)
+                else:
+                    chunks.append(
+                        ChunkScore(part=part, seed=seed, chunk_size=size, bits_per_byte=bits)
+                    )
                 if watch is not None:
-                    watch(chunks[-1])
+                    watch(bits if isinstance(bits, Diverged) else chunks[-1])
     return AblationResult(
         config=config, parts=tuple(parts), chunks=tuple(chunks), diverged=tuple(failed)
     )

@@ -400,4 +400,6 @@ def evaluate(model: nn.Module, windows: Windows, every: int = 1, batch_size: int
         square += error.square().sum().item()
         absolute += error.abs().sum().item()
         count += error.numel()
+    if not count:
+        raise ValueError("no step of the windows to score was recorded")
     return Errors(square / count, absolute / count)

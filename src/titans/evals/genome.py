@@ -139,16 +139,17 @@ def genome(
     whose vocabulary is not that of bytes.
     """
     parts = split_genome(config)
+    if model is not None:
+        try:
+            tokenizer_of(model, None)
+        except ValueError as error:
+            raise ValueError(f"expected a model that reads bytes: {error}") from None
     markov = tuple(  # before the model reads: what is too short for them is told now
         markov_bits(parts.train, parts.test, order, config.smoothing) for order in config.orders
     )
     read: list[ContextBits] = []
     positions: tuple[PositionLoss, ...] = ()
     if model is not None:
-        try:
-            tokenizer_of(model, None)
-        except ValueError as error:
-            raise ValueError(f"expected a model that reads bytes: {error}") from None
         for context in sorted(config.contexts):
             row, positions = bits_at(model, parts.test, context, config)
             read.append(row)

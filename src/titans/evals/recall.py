@@ -23,6 +23,8 @@ from titans.models.lm import TitansLM
 from titans.train.batches import EVALUATION_SEED
 from titans.train.objective import descend
 
+BEGIN_PAIRS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
@@ -41,8 +43,8 @@ class RecallConfig:
     most of a training goes by before anything is bound."""
     shared: float = 0.0
     """Length of a random vector that all embeddings share at the start, in lengths of an embedding.
-    Rotary attention without biases finds the token before by position alone, and for that queries
-    and keys of all tokens need a part in common."""
+    Rotary attention without biases can find the token before by position alone where queries and
+    keys of all tokens have a part in common."""
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Asked for after training."""
     most_trained: int = 64
@@ -53,6 +55,8 @@ class RecallConfig:
     layers: int = 2
     steps: int = 300
     """Of training."""
+    begin: int = 0
+    """So many more before them, on rows of `BEGIN_PAIRS` pairs alone."""
     tokens: int = 4096
     """Of a training step."""
     learning_rate: float = 3e-3
@@ -64,8 +68,10 @@ class RecallConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.shared < 0:
-            raise ValueError(f"shared must not be negative, got {self.shared}")
+        if self.shared < 0 or self.begin < 0:
+            raise ValueError(
+                f"shared and begin must not be negative, got {self.shared} and {self.begin}"
+            )
         if not self.pairs or min(self.pairs) < 1 or max(self.pairs) > self.keys:
             raise ValueError(f"pairs must lie in 1..{self.keys}, got {list(self.pairs)}")
         if not 1 <= self.most_trained <= self.keys:
@@ -174,12 +180,15 @@ def build_model(config: RecallConfig) -> TitansLM:
 
 
 def train(config: RecallConfig) -> TitansLM:
-    """The model after its training: at each step rows of 1, 2, 4, ... or `most_trained` pairs."""
+    """The model after its training: at each step rows of 1, 2, 4, ... or `most_trained` pairs, of
+    `BEGIN_PAIRS` in the first ones."""
     model = build_model(config)
 
     def batch(step: int) -> PairBatch:
         most = int(math.log2(config.most_trained))
         pairs = 2 ** int(np.random.default_rng((config.seed, step)).integers(most + 1))
+        if step < config.begin:
+            pairs = BEGIN_PAIRS
         length = row_length(pairs)
         return PairTask(
             rows=config.tokens // length,
@@ -189,7 +198,7 @@ def train(config: RecallConfig) -> TitansLM:
             keys=config.keys,
         ).batch(step)
 
-    fit_pairs(model, batch, config.steps, config.learning_rate, config.write_cost)
+    fit_pairs(model, batch, config.begin + config.steps, config.learning_rate, config.write_cost)
     return model
 
 

@@ -28,17 +28,17 @@ def machine() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Diverged:
-    """A training of a suite that came to no numbers; the others go on without it."""
+    """A training, or a reading, of a suite that came to no numbers; the others go on without it."""
 
     model: str
     seed: int
     reason: str
 
 
-def or_diverged(train: Callable[[], T], model: str, seed: int) -> T | Diverged:
-    """What `train` returns, or that it diverged."""
+def or_diverged(run: Callable[[], T], model: str, seed: int) -> T | Diverged:
+    """What `run` returns, or that it diverged."""
     try:
-        return train()
+        return run()
     except NonFiniteError as error:
         return Diverged(model=model, seed=seed, reason=str(error))
 

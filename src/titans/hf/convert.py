@@ -9,18 +9,22 @@ from safetensors import SafetensorError
 from titans.data.tokenizers import END_OF_TEXT, BPETokenizer, Tokenizer, tokenizer_of
 from titans.hf.config import TitansHFConfig
 from titans.hf.model import TitansForCausalLM
-from titans.models.lm import TitansLM
+from titans.models.lm import TitansLM, is_model_file
+from titans.train.checkpoint import INDEX
 
 
 def to_folder(model: TitansLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write weights, configuration and code, and the tokenizer if one is given.
 
-    Raises ValueError for a file in the folder's place, a folder that holds anything but a Titans
-    model written like this, or a tokenizer that is not the model's.
+    A folder written like this may be written again. Raises ValueError for a file in its place, any
+    other folder that is not empty, one with a checkpoint or a model file of ours in it, or a
+    tokenizer that is not the model's.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write")
+    if (folder / INDEX).exists() or is_model_file(folder / "model.safetensors"):
+        raise ValueError(f"{folder}: holds a model file that would be replaced")
     if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise ValueError(f"{folder}: holds other files, expected a new or empty folder to write")
     given: dict[str, Any] = {}
