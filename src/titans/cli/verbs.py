@@ -188,11 +188,10 @@ def run_prepare(options: argparse.Namespace) -> None:
     hub = any(path.startswith("hub:") for path in options.paths)
     if hub and len(options.paths) > 1:
         raise ValueError("a data set (hub:NAME) is prepared alone")
-    without_effect = ("strip_gutenberg", "encoding") if hub else ("split", "config")
-    for name in without_effect:
-        if getattr(options, name):
-            kind = "a data set" if hub else "files"
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on {kind}")
+    if hub:
+        refuse_options(options, "a data set", strip_gutenberg=False, encoding=None)
+    else:
+        refuse_options(options, "files", split=None, config=None)
     if hub:
         documents = hub_documents(
             options.paths[0].removeprefix("hub:"),
